@@ -1,0 +1,33 @@
+"""geossl: 3D and geometric self-supervised representation learning.
+
+The everyday calls live here; everything else is found in the sub-package named for it (``geossl.ops``, ``geossl.models``,
+``geossl.methods``, ``geossl.data``, ``geossl.evaluation``). Names are imported on first use, so ``import geossl`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "create_backbone": "geossl.models",
+    "list_backbones": "geossl.models",
+    "load": "geossl.models",
+    "load_reference": "geossl.methods",
+    "extract_features": "geossl.evaluation",
+    "native_info": "geossl.ops",
+}
+
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'geossl' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,16 @@
+"""Geometry shared by all of geossl, and the conventions every module follows.
+
+Conventions, stated here once:
+
+* **Points** are ``[..., 3]`` in metres unless a data set says otherwise; z is up.
+* **Batches of clouds** are packed: ``coord [M, 3]`` with ``offsets [B + 1]`` int64, ``offsets[0] == 0``; cloud ``b`` is the rows
+  ``offsets[b]:offsets[b + 1]``. The padded form ``[B, N, 3]`` with ``lengths [B]`` is accepted at the public edge.
+* **Boxes** are ``[n, 7] = (cx, cy, cz, dx, dy, dz, yaw)``; quaternions are ``wxyz``.
+* **Cameras** follow OpenCV (x right, y down, z forward): ``world_to_cam [..., 4, 4]``, ``intrinsics [..., 3, 3]``; the centre of
+  the first pixel lies at (0.5, 0.5).
+* **Grids** are channels first, ``[B, C, X, Y, Z]``, z up.
+"""
+
+from geossl.geometry.containers import Output, PackedPoints, PointBatch, Tokens
+
+__all__ = ["Output", "PackedPoints", "PointBatch", "Tokens"]

@@ -1,0 +1,160 @@
+"""Typed containers that travel between the layers of geossl. They hold tensors, check shapes and convert; they compute nothing.
+
+Packed is the native form (see :mod:`geossl.geometry`): several clouds of different sizes are rows of one tensor, cut by ``offsets``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Self = TypeVar("Self", bound="_Movable")
+
+
+class _Movable:
+    """Adds ``to``, ``pin_memory`` and ``device`` to a dataclass of tensors (and nested containers)."""
+
+    def _map(self: Self, move: Any) -> Self:
+        changes = {f.name: move(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), (Tensor, _Movable))}  # type: ignore[arg-type]
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Move every tensor as :meth:`torch.Tensor.to` does. Give a device; dtypes of index tensors must not change."""
+        return self._map(lambda value: value.to(*args, **kwargs))
+
+    def pin_memory(self: Self) -> Self:
+        """Copy every tensor to page-locked memory."""
+        return self._map(lambda value: value.pin_memory())
+
+
+def offsets_from_lengths(lengths: Tensor) -> Tensor:
+    """Turn ``lengths [B]`` (integer) into ``offsets [B + 1]`` int64 on the same device."""
+    offsets = torch.zeros(lengths.shape[0] + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    return offsets
+
+
+@dataclass(frozen=True)
+class PackedPoints(_Movable):
+    """A batch of point clouds in packed form.
+
+    Args:
+        coord: Positions of all clouds, ``[M, 3]``, float32 (float64 and half types are allowed).
+        offsets: ``[B + 1]`` int64, ``offsets[0] == 0``, non-decreasing, ``offsets[B] == M``.
+        feats: Features of the points, ``[M, C]``, or None.
+    """
+
+    coord: Tensor
+    offsets: Tensor
+    feats: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.coord.dim() != 2 or self.coord.shape[1] != 3:
+            raise ValueError(f"PackedPoints: coord must be [M, 3], got {list(self.coord.shape)}")
+        if self.offsets.dim() != 1 or self.offsets.shape[0] < 1 or self.offsets.dtype != torch.int64:
+            raise ValueError(f"PackedPoints: offsets must be [B + 1] int64, got {list(self.offsets.shape)} {self.offsets.dtype}")
+        if self.feats is not None and (self.feats.dim() != 2 or self.feats.shape[0] != self.coord.shape[0]):
+            raise ValueError(f"PackedPoints: feats must be [{self.coord.shape[0]}, C], got {list(self.feats.shape)}")
+
+    @classmethod
+    def from_padded(cls, points: Tensor, lengths: Tensor | None = None) -> PackedPoints:
+        """Pack ``points [B, N, 3 + C]`` (columns beyond the third become ``feats``); rows past ``lengths[b]`` are left out."""
+        if points.dim() != 3 or points.shape[2] < 3:
+            raise ValueError(f"PackedPoints.from_padded: points must be [B, N, 3 + C], got {list(points.shape)}")
+        batch, count, columns = points.shape
+        if lengths is None:
+            offsets = (
+                torch.arange(0, (batch + 1) * count, max(count, 1), device=points.device)[: batch + 1]
+                if count
+                else torch.zeros(batch + 1, dtype=torch.int64, device=points.device)
+            )
+            rows = points.reshape(batch * count, columns)
+        else:
+            offsets = offsets_from_lengths(lengths)
+            rows = points[torch.arange(count, device=points.device) < lengths[:, None]]
+        return cls(rows[:, :3], offsets, rows[:, 3:] if columns > 3 else None)
+
+    def __len__(self) -> int:
+        """Number of clouds."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Points per cloud, ``[B]`` int64."""
+        return self.offsets.diff()
+
+
+@dataclass(frozen=True)
+class Tokens(_Movable):
+    """What a token backbone returns: features at positions, packed.
+
+    Args:
+        feats: ``[T, C]``.
+        centers: Position of each token, ``[T, 3]``.
+        offsets: ``[B + 1]`` int64; the tokens of sample ``b`` are rows ``offsets[b]:offsets[b + 1]``.
+    """
+
+    feats: Tensor
+    centers: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens per sample, ``[B]`` int64."""
+        return self.offsets.diff()
+
+    def to_padded(self) -> tuple[Tensor, Tensor]:
+        """Return ``feats [B, Tmax, C]`` padded with zeros and ``mask [B, Tmax]`` bool, True where a token is real."""
+        lengths = self.lengths
+        longest = int(lengths.max()) if len(self) else 0
+        mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        padded = self.feats.new_zeros(len(self), longest, self.feats.shape[1])
+        padded[mask] = self.feats
+        return padded, mask
+
+
+@dataclass(frozen=True)
+class PointBatch(_Movable):
+    """One batch of a point data set, as collated by :mod:`geossl.data` and consumed by methods and tasks.
+
+    Args:
+        points: The clouds, packed.
+        label: Class of each cloud, ``[B]`` int64, -1 where unlabelled; None for data sets without classes.
+        index: Row of each cloud in its data set, ``[B]`` int64, or None.
+        slot: Place of each cloud in the *global* batch (over all ranks and accumulated micro-batches), ``[B]`` int64. Random
+            draws that are made for the whole global batch and then cut by ``slot`` do not depend on how it was split.
+            None means ``arange(B)``.
+        global_size: Clouds in the global batch; None means ``B``.
+    """
+
+    points: PackedPoints
+    label: Tensor | None = None
+    index: Tensor | None = None
+    slot: Tensor | None = None
+    global_size: int | None = None
+
+    def __len__(self) -> int:
+        """Number of clouds in this batch."""
+        return len(self.points)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What every method and task returns to the training loop.
+
+    Args:
+        loss: Scalar to minimise, float32, differentiable.
+        metrics: Scalars to log, detached, by name.
+        aux: Anything a report may want to draw (predictions, masks); never read by the loop.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    aux: dict[str, Any] = field(default_factory=dict)
