@@ -1,0 +1,95 @@
+// The C interface of geossl's native libraries, and what every kernel file needs: exported names, return codes,
+// vector clones of hot loops, and threads. Needs C++17 and nothing else (no Python, no torch, no OpenMP).
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+// Raise it whenever an exported function changes its arguments or meaning, together with ABI_VERSION in
+// geossl/ops/_native.py: a library left over from before is then refused with a clear message.
+#define GEOSSL_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define GEOSSL_API extern "C" __declspec(dllexport)
+#else
+#define GEOSSL_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Every operator returns one of these, or a positive cudaError_t. _native.py turns them into exceptions.
+enum GeosslStatus : int {
+  GEOSSL_OK = 0,
+  GEOSSL_INVALID_ARGUMENT = -1,  // sizes or options that the Python wrapper should have refused
+  GEOSSL_OUT_OF_MEMORY = -2,     // host memory
+  GEOSSL_TOO_LARGE = -3,         // more elements than the kernel's index type can count
+  GEOSSL_INTERNAL = -4,          // an exception nobody expected
+};
+
+// Compiles a function three times, for any x86-64, for AVX2 and for AVX-512, and picks one when the library is loaded.
+// Use it on free functions that contain the hot loop: clones are not inlined into their callers. It needs gcc 12 and
+// glibc; elsewhere (AArch64 has NEON as its baseline) and under a sanitizer it is empty.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
+    !defined(__CUDACC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define GEOSSL_SIMD __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define GEOSSL_HAS_SIMD_CLONES 1
+#else
+#define GEOSSL_SIMD
+#define GEOSSL_HAS_SIMD_CLONES 0
+#endif
+
+namespace geossl {
+
+// Calls f(begin, end) on contiguous pieces that together cover [0, n), on at most `threads` threads (the caller is one
+// of them), each piece at least `grain` long. Threads are started for this call and joined before it returns: nothing
+// outlives it, so a forked DataLoader worker can call it too. Starting one costs about 20 us; choose `grain` so that a
+// piece is worth a millisecond. The first exception thrown by f is thrown again here once all threads have ended.
+template <class F>
+void parallel_for(int threads, int64_t n, int64_t grain, F&& f) {
+  if (n <= 0) return;
+  const int64_t pieces = std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, std::max(threads, 1));
+  if (pieces == 1) {
+    f(int64_t{0}, n);
+    return;
+  }
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  const auto run = [&](int64_t piece) {
+    try {
+      f(piece * n / pieces, (piece + 1) * n / pieces);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+  };
+  std::vector<std::thread> workers;
+  workers.reserve(static_cast<size_t>(pieces - 1));
+  int64_t next = 1;
+  try {
+    for (; next < pieces; ++next) workers.emplace_back(run, next);
+  } catch (const std::system_error&) {  // the system refuses more threads: the caller does what is left
+  }
+  run(0);
+  for (; next < pieces; ++next) run(next);
+  for (std::thread& worker : workers) worker.join();
+  if (error) std::rethrow_exception(error);
+}
+
+// Runs the body of an exported function and turns exceptions into status codes: none may cross the C interface.
+//   GEOSSL_API int geossl_fps_cpu(...) { return geossl::guarded([&] { ...; }); }
+template <class F>
+int guarded(F&& body) noexcept {
+  try {
+    body();
+    return GEOSSL_OK;
+  } catch (const std::bad_alloc&) {
+    return GEOSSL_OUT_OF_MEMORY;
+  } catch (...) {
+    return GEOSSL_INTERNAL;
+  }
+}
+
+}  // namespace geossl

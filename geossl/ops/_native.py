@@ -1,0 +1,288 @@
+"""Finds, loads and calls the native libraries ``libgeossl_cpu`` and ``libgeossl_cuda``.
+
+Operators declare each exported function once, at import, and call it like any Python function::
+
+    _fps = _native.function("cpu", "geossl_fps_cpu", _native.INT, _native.PTR, _native.INT, _native.PTR)
+
+    def _fps_cpu(points, k):
+        out = torch.empty(...)
+        _fps(_native.threads(), points.data_ptr(), k, out.data_ptr())     # raises what the status code stands for
+
+Nothing is loaded before the first call (or :func:`available`, :func:`native_info`). A missing library is no error: operators ask
+:func:`available` and run their plain-torch twin, after one warning; with ``GEOSSL_REQUIRE_NATIVE=1`` it is an error. A library that is
+there but stale, or that the system refuses to load, is always an error. The C side of all this is ``cuda_ext/include/geossl_api.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import geossl
+from geossl.errors import ExtensionError
+
+Kind = Literal["cpu", "cuda"]
+
+ABI_VERSION = 1  # GEOSSL_ABI_VERSION in cuda_ext/include/geossl_api.h; raise both together
+
+# Argument types of exported functions, by the names C gives them.
+PTR = ctypes.c_void_p
+INT = ctypes.c_int
+INT64 = ctypes.c_int64
+FLOAT = ctypes.c_float
+DOUBLE = ctypes.c_double
+
+REBUILD = "run `pip install -e .` again in the source tree (or reinstall geossl)"
+_GET_CUDA = (
+    "install geossl where torch is a CUDA build, or with FORCE_CUDA=1 (nvcc is taken from CUDA_HOME, /usr/local/cuda or PATH), "
+    "or with GEOSSL_CUDA=pypi (compiler from the package index)"
+)
+_GET_CPU = f"install a C++17 compiler (g++ or clang++) and {REBUILD}"
+
+# GeosslStatus of geossl_api.h.
+_STATUS: dict[int, tuple[type[Exception], str]] = {
+    -1: (ValueError, "invalid size or option"),
+    -2: (MemoryError, "out of memory"),
+    -3: (ValueError, "the input has more elements than the kernel can index; split it into smaller batches"),
+    -4: (RuntimeError, "unexpected internal error; please report it with the call that caused it"),
+}
+
+
+@dataclass
+class _Library:
+    """One loaded library, or the reason why there is none."""
+
+    kind: Kind
+    path: Path | None
+    handle: ctypes.CDLL | None
+    reason: str = ""  # why handle is None
+
+
+_libraries: dict[Kind, _Library] = {}
+_functions: list[NativeFunction] = []
+_warned: set[Kind] = set()
+
+
+def library_name(kind: Kind) -> str:
+    """Return the file name of a library: ``libgeossl_cpu.so``, on macOS and Windows as well (they are built as modules)."""
+    return f"libgeossl_{kind}.dll" if sys.platform == "win32" else f"libgeossl_{kind}.so"
+
+
+def find_library(kind: Kind) -> Path | None:
+    """Return the library's path, or None.
+
+    Looks into ``_lib/`` of every folder geossl's modules come from: an editable install keeps the Python files in the source tree and
+    the libraries in site-packages. When both have one, the younger file wins, be it a developer's build or a fresh install.
+    """
+    candidates = [Path(folder) / "_lib" / library_name(kind) for folder in geossl.__path__]
+    return max((path for path in candidates if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a library and check that it was built from this version of the sources.
+
+    Raises:
+        ExtensionError: the system refuses to load it, or it is stale (another ABI version).
+    """
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ExtensionError(f"the native library {path} cannot be loaded: {error}. To build it for this machine, {REBUILD}.") from error
+    try:
+        version = handle.geossl_abi_version()
+    except AttributeError as error:
+        raise ExtensionError(f"{path} is not a geossl library (it has no geossl_abi_version). To build it anew, {REBUILD}.") from error
+    if version != ABI_VERSION:
+        age = "older" if version < ABI_VERSION else "newer"
+        raise ExtensionError(
+            f"the native library {path} is stale: it has ABI version {version}, {age} than the {ABI_VERSION} this geossl expects. "
+            f"To bring both to the same state, {REBUILD}."
+        )
+    return handle
+
+
+def _load(kind: Kind) -> _Library:
+    library = _libraries.get(kind)
+    if library is None:
+        path = find_library(kind)
+        if path is None:
+            how = _GET_CPU if kind == "cpu" else _GET_CUDA
+            reason = f"{library_name(kind)} is in none of {', '.join(f'{folder}/_lib' for folder in geossl.__path__)}; to get it, {how}"
+            library = _Library(kind, None, None, reason)
+        else:
+            library = _Library(kind, path, open_library(path))
+        _libraries[kind] = library
+    return library
+
+
+def required() -> bool:
+    """Return whether ``GEOSSL_REQUIRE_NATIVE=1`` forbids the plain-torch twins, as continuous integration does."""
+    return os.environ.get("GEOSSL_REQUIRE_NATIVE", "0") not in ("", "0")
+
+
+def available(kind: Kind) -> bool:
+    """Return whether a library can be used; the first time it is missing, warn that the plain-torch twins run instead.
+
+    Raises:
+        ExtensionError: it is stale or refused by the system, or it is missing and ``GEOSSL_REQUIRE_NATIVE=1``.
+    """
+    library = _load(kind)
+    if library.handle is not None:
+        return True
+    if required():
+        raise ExtensionError(f"GEOSSL_REQUIRE_NATIVE is set, but {library.reason}.")
+    if kind not in _warned:
+        _warned.add(kind)
+        what = "operators" if kind == "cpu" else "operators on CUDA tensors"
+        warnings.warn(f"geossl's {what} run as plain torch, which is slower: {library.reason}.", RuntimeWarning, stacklevel=3)
+    return False
+
+
+class NativeFunction:
+    """An exported C function that returns a status code; calling it raises what the code stands for.
+
+    Args:
+        kind: Library it lives in.
+        name: Exported name, ``geossl_<operator>_<cpu|cuda>``.
+        argtypes: ctypes type of every argument, in order. A call with another number of arguments is a ``TypeError``.
+    """
+
+    __slots__ = ("_call", "argtypes", "kind", "name")
+
+    def __init__(self, kind: Kind, name: str, argtypes: tuple[Any, ...]) -> None:
+        self.kind, self.name, self.argtypes = kind, name, argtypes
+        self._call: Any = None
+
+    def __call__(self, *args: Any) -> None:
+        """Call the function; pointers are integers (``Tensor.data_ptr()``, :func:`stream`)."""
+        call = self._call if self._call is not None else self._bind()
+        status = call(*args)
+        if status != 0:
+            raise self._error(status)
+
+    def _bind(self) -> Any:
+        library = _load(self.kind)
+        if library.handle is None:
+            raise ExtensionError(f"{self._operator()} needs a native library, but {library.reason}.")
+        try:
+            call = getattr(library.handle, self.name)
+        except AttributeError as error:
+            raise ExtensionError(
+                f"the native library {library.path} is stale: it lacks {self.name}. To build it anew, {REBUILD}."
+            ) from error
+        call.argtypes, call.restype = self.argtypes, ctypes.c_int
+        self._call = call
+        return call
+
+    def _operator(self) -> str:
+        return "geossl." + self.name.removeprefix("geossl_").removesuffix(f"_{self.kind}")
+
+    def _error(self, status: int) -> Exception:
+        if status > 0:
+            describe = _string_function(_load(self.kind), "geossl_cuda_error_string", ctypes.c_int)
+            return ExtensionError(f"{self._operator()}: CUDA error {status}: {describe(status)}")
+        kind, text = _STATUS.get(status, (RuntimeError, f"unknown status {status}"))
+        return kind(f"{self._operator()}: {text}")
+
+
+def function(kind: Kind, name: str, *argtypes: Any) -> NativeFunction:
+    """Declare the exported function ``name`` of the library ``kind`` with its argument types; it is looked up at the first call."""
+    if not argtypes:
+        raise TypeError(f"{name}: argtypes must not be empty")  # ctypes would take any arguments and cut pointers to 32 bits
+    declared = NativeFunction(kind, name, argtypes)
+    _functions.append(declared)
+    return declared
+
+
+@contextmanager
+def substitute(kind: Kind, path: Path | str | None) -> Iterator[None]:
+    """Use another file as the library ``kind`` inside a ``with`` block, or none at all when ``path`` is None.
+
+    Tests run the CUDA wrappers on CPU tensors this way, with the kernels compiled for the host (``tests/cuda_on_host``). Not thread-safe.
+    """
+    saved = _libraries.get(kind)
+    if path is None:
+        _libraries[kind] = _Library(kind, None, None, f"{library_name(kind)} was switched off by geossl.ops._native.substitute")
+    else:
+        _libraries[kind] = _Library(kind, Path(path), open_library(Path(path)))
+    _unbind(kind)
+    try:
+        yield
+    finally:
+        if saved is None:
+            del _libraries[kind]
+        else:
+            _libraries[kind] = saved
+        _unbind(kind)
+
+
+def _unbind(kind: Kind) -> None:
+    for declared in _functions:
+        if declared.kind == kind:
+            declared._call = None
+
+
+def threads() -> int:
+    """Return how many threads a CPU operator may use: torch's own setting, which is 1 in DataLoader workers."""
+    return torch.get_num_threads()
+
+
+def stream(tensor: Tensor) -> int:
+    """Return the handle of torch's current CUDA stream on the tensor's device, 0 for a CPU tensor."""
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
+
+
+def device_index(tensor: Tensor) -> int:
+    """Return the index of the tensor's CUDA device, 0 for a CPU tensor."""
+    return tensor.get_device() if tensor.is_cuda else 0
+
+
+def _string_function(library: _Library, name: str, *argtypes: Any) -> Any:
+    def call(*args: Any) -> str:
+        exported = getattr(library.handle, name)
+        exported.argtypes, exported.restype = argtypes, ctypes.c_char_p
+        return str(exported(*args).decode())
+
+    return call
+
+
+def native_info() -> dict[str, dict[str, Any]]:
+    """Describe the native libraries, loading them if need be; never raises and never warns.
+
+    Returns:
+        ``{"cpu": {...}, "cuda": {...}}``. Both have ``loaded`` (bool), ``path`` (str or None), ``abi`` (int or None), ``expected_abi``,
+        ``reason`` (why it is not loaded, with what to do; "" when it is). A loaded CPU library adds ``compiler``, ``simd`` and ``threads``;
+        a loaded CUDA library adds ``archs`` (list of str) and ``cuda`` (version of its runtime, as "13.0").
+    """
+    info: dict[str, dict[str, Any]] = {}
+    for kind in ("cpu", "cuda"):
+        entry: dict[str, Any] = {"loaded": False, "path": None, "abi": None, "expected_abi": ABI_VERSION, "reason": ""}
+        info[kind] = entry
+        try:
+            library = _load(kind)
+        except ExtensionError as error:
+            entry["path"], entry["reason"] = str(find_library(kind)), str(error)
+            continue
+        if library.handle is None:
+            entry["reason"] = library.reason
+            continue
+        entry.update(loaded=True, path=str(library.path), abi=ABI_VERSION)
+        if kind == "cpu":
+            entry["compiler"] = _string_function(library, "geossl_cpu_compiler")()
+            entry["simd"] = _string_function(library, "geossl_cpu_simd")()
+            entry["threads"] = threads()
+        else:
+            runtime = int(library.handle.geossl_cuda_runtime_version())
+            entry["archs"] = _string_function(library, "geossl_cuda_archs")().split()
+            entry["cuda"] = f"{runtime // 1000}.{runtime % 1000 // 10}" if runtime else "none (kernels compiled for the CPU)"
+    return info
