@@ -1,6 +1,10 @@
 // What libgeossl_cpu says about itself; `geossl doctor` and geossl.native_info() print it.
 #include "geossl_api.h"
 
+#ifndef GEOSSL_WITHOUT_CUDA
+#define GEOSSL_WITHOUT_CUDA ""
+#endif
+
 GEOSSL_API int geossl_abi_version() { return GEOSSL_ABI_VERSION; }
 
 GEOSSL_API const char* geossl_cpu_compiler() {
@@ -27,3 +31,6 @@ GEOSSL_API const char* geossl_cpu_simd() {
   return "compiler's baseline";
 #endif
 }
+
+// Why libgeossl_cuda was not built along with this library, as the build found it; empty when it was, or nobody said.
+GEOSSL_API const char* geossl_cpu_without_cuda() { return GEOSSL_WITHOUT_CUDA; }

@@ -1,4 +1,4 @@
-// What libgeossl_cuda says about itself; `geossl doctor` and geossl.native_info() print it. None of these calls the driver.
+// What libgeossl_cuda says about itself; `geossl doctor` and geossl.native_info() print it. None of this needs a GPU.
 #include "geossl_cuda.h"
 
 #ifndef GEOSSL_CUDA_ARCHS
@@ -14,6 +14,16 @@ GEOSSL_API const char* geossl_cuda_archs() { return GEOSSL_CUDA_ARCHS; }
 GEOSSL_API int geossl_cuda_runtime_version() {
 #ifdef CUDART_VERSION
   return CUDART_VERSION;
+#else
+  return 0;
+#endif
+}
+
+// The newest CUDA version that the machine's driver supports, in the same form; 0 without a driver.
+GEOSSL_API int geossl_cuda_driver_version() {
+#ifdef CUDART_VERSION
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 #else
   return 0;
 #endif

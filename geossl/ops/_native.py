@@ -117,12 +117,42 @@ def _load(kind: Kind) -> _Library:
         path = find_library(kind)
         if path is None:
             how = _GET_CPU if kind == "cpu" else _GET_CUDA
-            reason = f"{library_name(kind)} is in none of {', '.join(f'{folder}/_lib' for folder in geossl.__path__)}; to get it, {how}"
+            reason = f"{library_name(kind)} was not found in {', '.join(f'{folder}/_lib' for folder in geossl.__path__)}; to get it, {how}"
             library = _Library(kind, None, None, reason)
         else:
-            library = _Library(kind, path, open_library(path))
+            handle = open_library(path)
+            problem = _gpu_problem(handle) if kind == "cuda" and torch.cuda.is_available() else ""
+            library = _Library(kind, path, None if problem else handle, problem)
         _libraries[kind] = library
     return library
+
+
+def _gpu_problem(handle: ctypes.CDLL) -> str:
+    """Say why no kernel of the CUDA library can run on this machine's GPUs, or return ""."""
+    runtime, driver = handle.geossl_cuda_runtime_version(), handle.geossl_cuda_driver_version()
+    if runtime // 1000 > driver // 1000:
+        return (
+            f"{library_name('cuda')} was built with CUDA {_version(runtime)}, but the GPU driver supports {_version(driver)} at most; "
+            f"update the driver, or set CUDA_HOME to an older CUDA toolkit and {REBUILD}"
+        )
+    archs = _text(handle, "geossl_cuda_archs").split()
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not any(_runs_on(arch, major, minor) for arch in archs):
+            return (
+                f"{library_name('cuda')} has kernels for architectures {', '.join(archs)}, but GPU {device} "
+                f"({torch.cuda.get_device_name(device)}) has {major}{minor}; set CUDAARCHS={major}{minor}-real and {REBUILD}"
+            )
+    return ""
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Return whether code for ``arch`` (as CMake writes it: "80-real" machine code, "120" with PTX, "90-virtual") runs on a GPU."""
+    number, _, kind = arch.partition("-")
+    digits = number.rstrip("af")
+    built = int(digits[:-1]), int(digits[-1])
+    machine_code = kind != "virtual" and built[0] == major and built[1] <= minor
+    return machine_code or (kind != "real" and built <= (major, minor))
 
 
 def required() -> bool:
@@ -189,8 +219,8 @@ class NativeFunction:
 
     def _error(self, status: int) -> Exception:
         if status > 0:
-            describe = _string_function(_load(self.kind), "geossl_cuda_error_string", ctypes.c_int)
-            return ExtensionError(f"{self._operator()}: CUDA error {status}: {describe(status)}")
+            text = _text(_load(self.kind).handle, "geossl_cuda_error_string", status)
+            return ExtensionError(f"{self._operator()}: CUDA error {status}: {text}")
         kind, text = _STATUS.get(status, (RuntimeError, f"unknown status {status}"))
         return kind(f"{self._operator()}: {text}")
 
@@ -247,42 +277,47 @@ def device_index(tensor: Tensor) -> int:
     return tensor.get_device() if tensor.is_cuda else 0
 
 
-def _string_function(library: _Library, name: str, *argtypes: Any) -> Any:
-    def call(*args: Any) -> str:
-        exported = getattr(library.handle, name)
-        exported.argtypes, exported.restype = argtypes, ctypes.c_char_p
-        return str(exported(*args).decode())
+def _text(handle: ctypes.CDLL | None, name: str, *args: int) -> str:
+    """Call an exported function of integers that returns a C string."""
+    exported = getattr(handle, name)
+    exported.argtypes, exported.restype = [ctypes.c_int] * len(args), ctypes.c_char_p
+    return str(exported(*args).decode())
 
-    return call
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def native_info() -> dict[str, dict[str, Any]]:
     """Describe the native libraries, loading them if need be; never raises and never warns.
 
     Returns:
-        ``{"cpu": {...}, "cuda": {...}}``. Both have ``loaded`` (bool), ``path`` (str or None), ``abi`` (int or None), ``expected_abi``,
-        ``reason`` (why it is not loaded, with what to do; "" when it is). A loaded CPU library adds ``compiler``, ``simd`` and ``threads``;
-        a loaded CUDA library adds ``archs`` (list of str) and ``cuda`` (version of its runtime, as "13.0").
+        ``{"cpu": {...}, "cuda": {...}}``. Both have ``loaded`` (bool), ``path`` (str or None), ``abi`` (int or None), ``expected_abi`` and
+        ``reason`` (why it is not loaded and what to do; "" when it is). A loaded CPU library adds ``compiler``, ``simd`` and ``threads``;
+        a loaded CUDA library adds ``archs`` (list of str) and ``cuda`` (version of the runtime in it, as "13.0").
     """
-    info: dict[str, dict[str, Any]] = {}
-    for kind in ("cpu", "cuda"):
-        entry: dict[str, Any] = {"loaded": False, "path": None, "abi": None, "expected_abi": ABI_VERSION, "reason": ""}
-        info[kind] = entry
-        try:
-            library = _load(kind)
-        except ExtensionError as error:
-            entry["path"], entry["reason"] = str(find_library(kind)), str(error)
-            continue
-        if library.handle is None:
-            entry["reason"] = library.reason
-            continue
-        entry.update(loaded=True, path=str(library.path), abi=ABI_VERSION)
-        if kind == "cpu":
-            entry["compiler"] = _string_function(library, "geossl_cpu_compiler")()
-            entry["simd"] = _string_function(library, "geossl_cpu_simd")()
-            entry["threads"] = threads()
-        else:
-            runtime = int(library.handle.geossl_cuda_runtime_version())
-            entry["archs"] = _string_function(library, "geossl_cuda_archs")().split()
-            entry["cuda"] = f"{runtime // 1000}.{runtime % 1000 // 10}" if runtime else "none (kernels compiled for the CPU)"
-    return info
+    cpu, cuda = _describe("cpu"), _describe("cuda")
+    if cpu["loaded"]:
+        handle = _libraries["cpu"].handle
+        cpu.update(compiler=_text(handle, "geossl_cpu_compiler"), simd=_text(handle, "geossl_cpu_simd"), threads=threads())
+        why = _text(handle, "geossl_cpu_without_cuda")
+        if why and cuda["path"] is None:
+            cuda["reason"] = f"it was not built, because {why}; to get it, {_GET_CUDA}"
+    if cuda["loaded"]:
+        handle = _libraries["cuda"].handle
+        runtime = int(handle.geossl_cuda_runtime_version()) if handle is not None else 0
+        cuda.update(
+            archs=_text(handle, "geossl_cuda_archs").split(), cuda=_version(runtime) if runtime else "none (kernels run on the CPU)"
+        )
+    return {"cpu": cpu, "cuda": cuda}
+
+
+def _describe(kind: Kind) -> dict[str, Any]:
+    entry: dict[str, Any] = {"loaded": False, "path": None, "abi": None, "expected_abi": ABI_VERSION, "reason": ""}
+    try:
+        library = _load(kind)
+    except ExtensionError as error:
+        return entry | {"path": str(find_library(kind)), "reason": str(error)}
+    if library.handle is None:
+        return entry | {"path": None if library.path is None else str(library.path), "reason": library.reason}
+    return entry | {"loaded": True, "path": str(library.path), "abi": ABI_VERSION}
