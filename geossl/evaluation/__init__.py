@@ -1,1 +1,31 @@
-"""geossl.evaluation."""
+"""Evaluation of frozen representations: probes with honest baselines, and feature extraction.
+
+The everyday calls: :func:`extract_features` (features of a tensor, a file, a folder or a data set), :class:`Prober` (k-NN, linear
+and SVM probes of an encoder on a labelled data set, baselines beside them) and :func:`quick_probe` (the cheap form for the middle of
+a training).
+"""
+
+from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_twin
+from geossl.evaluation.descriptors import shape_descriptor
+from geossl.evaluation.features import embed, pool_tokens, read_tokens
+from geossl.evaluation.prober import Prober, quick_probe
+from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore, probe
+from geossl.evaluation.splits import group_resplit
+
+__all__ = [
+    "BASELINES",
+    "PROBES",
+    "Features",
+    "ProbeProtocol",
+    "ProbeScore",
+    "Prober",
+    "calibrate_batchnorm",
+    "embed",
+    "group_resplit",
+    "pool_tokens",
+    "probe",
+    "quick_probe",
+    "random_twin",
+    "read_tokens",
+    "shape_descriptor",
+]
