@@ -1,0 +1,97 @@
+"""What a data set of point clouds is: one cloud as read, one sample as trained on, and how samples become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from geossl.errors import DataError
+from geossl.geometry import PackedPoints, PointBatch
+
+Columns = Literal["xyz", "xyz+normal", "xyz+rgb", "all"]
+
+COLUMN_NAMES: dict[str, tuple[str, ...]] = {
+    "xyz": ("xyz",),
+    "xyz+normal": ("xyz", "normal"),
+    "xyz+rgb": ("xyz", "rgb"),
+    "all": ("xyz", "normal", "rgb"),
+}
+
+
+@dataclass(frozen=True)
+class PointCloud:
+    """One point cloud as read from a file, before any resampling or augmentation.
+
+    Args:
+        coord: Positions, ``[N, 3]`` float32.
+        normal: Unit normals, ``[N, 3]`` float32 (a zero row where there is none), or None.
+        color: Red, green, blue in 0..1, ``[N, 3]`` float32, or None.
+    """
+
+    coord: np.ndarray
+    normal: np.ndarray | None = None
+    color: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Number of points."""
+        return len(self.coord)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> PointCloud:
+        """Return the cloud of the selected rows (in their order)."""
+        normal = None if self.normal is None else self.normal[rows]
+        color = None if self.color is None else self.color[rows]
+        return PointCloud(self.coord[rows], normal, color)
+
+    def stack(self, columns: Columns, source: str = "point cloud") -> np.ndarray:
+        """Return ``[N, 3 | 6 | 9]`` float32: xyz, then normal, then rgb, as ``columns`` says.
+
+        Raises:
+            DataError: a wanted column is missing; the message names ``source``.
+        """
+        parts = {"xyz": self.coord, "normal": self.normal, "rgb": self.color}
+        wanted = COLUMN_NAMES[columns]
+        for name in wanted:
+            if parts[name] is None:
+                raise DataError(f"{source}: columns={columns!r} asks for {name}, which this data does not have; choose columns='xyz'")
+        return np.concatenate([parts[name] for name in wanted], axis=1, dtype=np.float32)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cloud as a method sees it.
+
+    Args:
+        points: ``[N, 3 + C]`` float32: xyz, then the further columns of the data set.
+        label: Class, or -1 where unlabelled.
+        index: Row of the cloud in its data set.
+    """
+
+    points: np.ndarray
+    label: int
+    index: int
+
+
+def collate(samples: Sequence[Sample]) -> PointBatch:
+    """Pack samples (of equal columns, any sizes) into one :class:`~geossl.geometry.PointBatch`.
+
+    Returns:
+        points with ``coord [M, 3]`` and ``feats [M, C]`` (None without further columns), label and index ``[B]`` int64; slot and
+        global_size are left None: this batch is the whole global batch.
+    """
+    if not samples:
+        raise DataError("collate: got no samples; a batch needs at least one")
+    widths = {sample.points.shape[1] for sample in samples}
+    if len(widths) > 1:
+        raise DataError(f"collate: the samples of a batch must have equal columns, got {sorted(widths)}")
+    rows = np.concatenate([sample.points for sample in samples])
+    offsets = np.cumsum([0] + [len(sample.points) for sample in samples], dtype=np.int64)
+    feats = torch.from_numpy(np.ascontiguousarray(rows[:, 3:])) if rows.shape[1] > 3 else None
+    return PointBatch(
+        points=PackedPoints(torch.from_numpy(np.ascontiguousarray(rows[:, :3])), torch.from_numpy(offsets), feats),
+        label=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+    )
