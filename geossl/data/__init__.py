@@ -1,1 +1,28 @@
-"""geossl.data."""
+"""Data sets of point clouds, their augmentation, and the loader that turns them into batches.
+
+``DATASETS.config("objects").build("train")`` gives a data set; :func:`build_loader` gives batches of it; :func:`read_points` reads
+any single file. The files are named for what they hold: ``objects``, ``shapenet``, ``modelnet``, ``scanobjectnn``, ``folder``, ``shards``.
+"""
+
+from geossl.data.augment import AugmentConfig
+from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
+from geossl.data.loader import Loader, build_loader
+from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
+from geossl.data.sample import PointCloud, Sample, collate
+from geossl.data.splits import group_resplit
+
+__all__ = [
+    "DATASETS",
+    "AugmentConfig",
+    "Loader",
+    "ObjectLibrary",
+    "ObjectsConfig",
+    "PointCloud",
+    "PointDataConfig",
+    "PointDataset",
+    "Sample",
+    "build_loader",
+    "collate",
+    "group_resplit",
+    "load_objects",
+]

@@ -165,7 +165,9 @@ def pack_objects(source: Path, out: Path) -> int:
     keep = [index for index, row in enumerate(table) if row["source"] != "core"]
     missing = [table[index]["id"] for index in keep if decided.get(table[index]["id"], {}).get("placement") not in PLACEMENTS]
     if missing:
-        raise DataError(f"{out.with_suffix('.tsv')}: no valid placement ({', '.join(PLACEMENTS)}) for {missing[:5]} ({len(missing)} objects)")
+        raise DataError(
+            f"{out.with_suffix('.tsv')}: no valid placement ({', '.join(PLACEMENTS)}) for {missing[:5]} ({len(missing)} objects)"
+        )
     order = farthest_order(arrays["xyz"][keep].astype(np.float32), STORED_POINTS)
     packed = {name: arrays[name][keep] for name in names if name != "classes"}
     for name in ("xyz", "normal", "rgb"):

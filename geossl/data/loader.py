@@ -1,0 +1,222 @@
+"""Batches in a fixed order, whatever the number of workers, processes or restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from geossl.data.dataset import PointDataset
+from geossl.data.sample import collate
+from geossl.errors import ConfigError, DataError
+from geossl.geometry import PointBatch
+
+_ORDER, _SAMPLE = 0, 1  # what a generator is for: the order of an epoch, or one sample
+
+
+def sample_rng(seed: int, epoch: int, row: int) -> np.random.Generator:
+    """Return the generator of sample ``row`` in ``epoch``: every random choice about the sample is drawn from it."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_SAMPLE, epoch, row)))
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order ``[count]`` int64 in which the rows are visited in ``epoch``."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(count)
+
+
+class _Batches(TorchDataset):
+    """Makes this rank's part of global batch ``number`` (counted from 0 over all epochs); runs in the workers."""
+
+    def __init__(
+        self, dataset: PointDataset, batch_size: int, seed: int, rank: int, world_size: int, shuffle: bool, drop_last: bool, augment: bool
+    ) -> None:
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.shuffle, self.augment = shuffle, augment
+        self.per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def _epoch_rows(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            count = len(self.dataset)
+            self._order = (epoch, epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count))
+        return self._order[1]
+
+    def __getitem__(self, number: int) -> PointBatch | DataError:
+        epoch, position = divmod(number, self.per_epoch)
+        rows = self._epoch_rows(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        slots = np.arange(len(rows) * self.rank // self.world_size, len(rows) * (self.rank + 1) // self.world_size)
+        try:
+            samples = [self.dataset.get(int(row), sample_rng(self.seed, epoch, int(row)) if self.augment else None) for row in rows[slots]]
+            batch = collate(samples)
+        except DataError as error:
+            return error  # raised in the consumer as it is, without the traceback of a worker wrapped round it
+        return replace(batch, slot=torch.from_numpy(slots), global_size=len(rows))
+
+
+class _CountFrom(Sampler[int]):
+    """start, start + 1, ... up to stop (None: for ever)."""
+
+    def __init__(self, start: int, stop: int | None = None) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        number = self.start
+        while self.stop is None or number < self.stop:
+            yield number
+            number += 1
+
+
+def _one_thread(worker: int) -> None:
+    """Workers are the parallelism; and threads of a forked parent must not be waited for."""
+    torch.set_num_threads(1)
+
+
+class Loader:
+    """Infinite iterator of :class:`~geossl.geometry.PointBatch` over epochs; made by :func:`build_loader`.
+
+    Attributes:
+        batches_per_epoch: Global batches in one pass over the data set.
+        position: Number of the next batch that has not been handed out yet, counted over all epochs.
+    """
+
+    def __init__(self, batches: _Batches, workers: int, prefetch: int, context: str | None, pin_memory: bool) -> None:
+        self._batches, self._workers, self._prefetch, self._context, self._pin = batches, workers, prefetch, context, pin_memory
+        self.batches_per_epoch = batches.per_epoch
+        self.position = 0
+        self._stream: Iterator[PointBatch | DataError] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch, counted from 0."""
+        return self.position // self.batches_per_epoch
+
+    def __iter__(self) -> Loader:
+        """Return itself: the loader is one endless stream."""
+        return self
+
+    def __next__(self) -> PointBatch:
+        """Return the next batch.
+
+        Raises:
+            DataError: a sample of the batch cannot be used; the message names its file. The position is not advanced.
+        """
+        if self._stream is None:
+            self._stream = self._open(_CountFrom(self.position))
+        batch = next(self._stream)
+        if isinstance(batch, DataError):
+            self.close()
+            raise batch
+        self.position += 1
+        return batch
+
+    def one_pass(self) -> Iterator[PointBatch]:
+        """Yield the batches of one epoch from its start (the current epoch), without moving the loader's position."""
+        start = self.epoch * self.batches_per_epoch
+        for batch in self._open(_CountFrom(start, start + self.batches_per_epoch)):
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next batch the consumer has not seen, and what it counts; prefetched batches do not matter."""
+        batches = self._batches
+        return {"position": self.position, "seed": batches.seed, "batch_size": batches.batch_size, "samples": len(batches.dataset)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position. Workers, ranks and the prefetching depth may differ from those of the saved run.
+
+        Raises:
+            ConfigError: seed, batch size or data set size differ, so that the position means other samples.
+        """
+        own = self.state_dict()
+        changed = [f"{key} {state[key]!r} -> {own[key]!r}" for key in ("seed", "batch_size", "samples") if state[key] != own[key]]
+        if changed:
+            raise ConfigError(
+                f"the data position cannot be restored, these changed since it was saved: {', '.join(changed)}; start a new run"
+            )
+        self.close()
+        self.position = int(state["position"])
+
+    def close(self) -> None:
+        """Stop the workers; the next batch starts new ones."""
+        self._stream = None
+
+    def _open(self, numbers: _CountFrom) -> Iterator[PointBatch | DataError]:
+        parallel = self._workers > 0
+        return iter(
+            DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=numbers,
+                num_workers=self._workers,
+                prefetch_factor=self._prefetch if parallel else None,
+                multiprocessing_context=self._context if parallel else None,
+                worker_init_fn=_one_thread,
+                pin_memory=self._pin,
+                generator=torch.Generator(),  # its own: opening a loader must not advance the global random state
+            )
+        )
+
+
+def build_loader(
+    dataset: PointDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    augment: bool = True,
+    prefetch: int = 2,
+    context: str | None = None,
+    pin_memory: bool = False,
+) -> Loader:
+    """Make the infinite iterator of batches of ``dataset``.
+
+    The order of an epoch depends on (seed, epoch), and every sample on (seed, epoch, row), on nothing else: the batches are the same for
+    any number of workers, and the parts of all ranks together are the batch of one process.
+
+    Args:
+        dataset: The data set.
+        batch_size: Clouds in the *global* batch, over all ranks; each rank gets ``batch_size / world_size`` of them.
+        seed: >= 0.
+        rank: Number of this process.
+        world_size: Number of processes.
+        workers: Worker processes that make batches ahead; 0 makes them in this process.
+        shuffle: Visit the rows in a new random order each epoch; else in their own order.
+        drop_last: Leave the incomplete batch at the end of an epoch out.
+        augment: Random subset and augmentation; else the deterministic evaluation form.
+        prefetch: Batches each worker makes ahead.
+        context: Start method of the workers, ``fork``, ``spawn`` or ``forkserver``; None is the system's own.
+        pin_memory: Copy batches to page-locked memory, for a quicker transfer to a GPU.
+
+    Raises:
+        ConfigError: an argument is out of range, the batch does not divide by the ranks or is larger than the data set.
+
+    Example:
+        >>> loader = build_loader(DATASETS.config("objects").build("train"), 32, seed=0)
+        >>> batch = next(loader)
+    """
+    checks = {
+        f"batch_size: must be at least 1, got {batch_size}": batch_size >= 1,
+        f"seed: must not be negative, got {seed}": seed >= 0,
+        f"workers: must not be negative, got {workers}": workers >= 0,
+        f"rank: must lie in 0..{world_size - 1}, got {rank}": 0 <= rank < world_size,
+        f"batch_size: {batch_size} does not divide by the {world_size} processes": world_size >= 1 and batch_size % world_size == 0,
+        "drop_last: several processes need whole batches, set drop_last=True": drop_last or world_size == 1,
+    }
+    for message, passed in checks.items():
+        if not passed:
+            raise ConfigError(message)
+    batches = _Batches(dataset, batch_size, seed, rank, world_size, shuffle, drop_last, augment)
+    if batches.per_epoch == 0:
+        raise ConfigError(f"batch_size: {batch_size} is more than the data set has ({len(dataset)} samples); lower it")
+    return Loader(batches, workers, prefetch, context, pin_memory)
