@@ -1,1 +1,24 @@
-"""geossl.layers."""
+"""Shared layers: attention, the transformer block, token embeddings, position codes, masks. They know nothing of models or methods."""
+
+from geossl.layers.attention import Attention, Segments, scaled_dot_product
+from geossl.layers.block import Block, BlockStack, init_transformer_weights
+from geossl.layers.masking import block_mask, random_mask
+from geossl.layers.norm import BatchNorm
+from geossl.layers.position import PositionMLP
+from geossl.layers.sampling import BatchRandom
+from geossl.layers.token_embedding import PointTokenEmbedding
+
+__all__ = [
+    "Attention",
+    "BatchNorm",
+    "BatchRandom",
+    "Block",
+    "BlockStack",
+    "PointTokenEmbedding",
+    "PositionMLP",
+    "Segments",
+    "block_mask",
+    "init_transformer_weights",
+    "random_mask",
+    "scaled_dot_product",
+]

@@ -1,1 +1,7 @@
-"""geossl.methods."""
+"""Self-supervised systems: masking, decoder and loss around a backbone, one file each."""
+
+from geossl.methods.point_mae import PointMAE, PointMAEConfig
+from geossl.methods.reference import REFERENCES, load_reference
+from geossl.methods.registry import METHODS
+
+__all__ = ["METHODS", "REFERENCES", "PointMAE", "PointMAEConfig", "load_reference"]

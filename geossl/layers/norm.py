@@ -1,0 +1,140 @@
+"""Batch normalisation that sums its statistics over all processes, and its exact fold into the linear layer before it.
+
+In training, the output of ``BatchNorm(W x + b)`` depends on the batch only through the mean ``m`` and covariance ``C`` of ``x``:
+``mean = W m + b`` and ``variance = diag(W C W^T)``. So linear layer and normalisation together are one linear layer
+
+    W' = s W,    b' = beta - s W m,    s = gamma / sqrt(diag(W C W^T) + eps),
+
+whose statistics cost one Gram matrix of the *input*. Columns whose output nobody reads still count in the statistics without ever
+being computed, which is what a masked autoencoder wants.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Moments(NamedTuple):
+    """Mean ``[D]`` and biased covariance ``[D, D]`` of the rows entering a linear layer, and how many rows there were."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: float
+
+
+def world_size() -> int:
+    """Processes that train together; 1 outside ``torchrun``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return _SumOverRanks.apply(grad.contiguous())
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum ``x`` over all processes (differentiable: the gradient is summed too); ``x`` itself for a single process."""
+    return _SumOverRanks.apply(x) if world_size() > 1 else x
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """``BatchNorm1d`` over rows ``[N, C]`` whose training statistics are those of the rows of *all* processes.
+
+    State and numbers are those of :class:`torch.nn.BatchNorm1d`; unlike ``SyncBatchNorm`` it works on every device.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[N, C]``."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        x32 = x.float()
+        count = sum_over_ranks(x32.new_tensor(float(x.shape[0])))
+        mean = sum_over_ranks(x32.sum(0)) / count
+        centred = x32 - mean
+        variance = sum_over_ranks(centred.square().sum(0)) / count
+        self.update(mean.detach(), variance.detach(), float(count))
+        return (centred * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, variance: Tensor, count: float) -> None:
+        """Move the running statistics towards those of a batch of ``count`` rows (``variance`` biased, as used to normalise)."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((variance * (count / max(count - 1, 1))).to(self.running_var.dtype), momentum)
+
+    @torch.no_grad()
+    def update_from_input(self, moments: Moments, linear: nn.Linear) -> None:
+        """Move the running statistics towards those of ``linear``'s output, given the ``moments`` of its input."""
+        weight = linear.weight.to(moments.mean.dtype)
+        mean = weight @ moments.mean + linear.bias
+        self.update(mean, ((weight @ moments.covariance) * weight).sum(1), moments.count)
+
+
+def row_moments(rows: Tensor) -> Moments:
+    """Mean and covariance of ``rows [N, D]`` over all processes, summed in float64 and returned in the rows' dtype; differentiable."""
+    wide = rows.double()
+    count = float(rows.shape[0])
+    if world_size() > 1:
+        count = float(sum_over_ranks(wide.new_tensor(count)))
+    mean = sum_over_ranks(wide.sum(0)) / count
+    centred = wide - mean
+    covariance = sum_over_ranks(centred.T @ centred) / count
+    return Moments(mean.to(rows.dtype), covariance.to(rows.dtype), count)
+
+
+class Folded(NamedTuple):
+    """A linear layer with the batch normalisation after it folded in, and what the gradient of the fold needs."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor  # [out]
+    scale: Tensor  # [out], gamma / std
+    inverse_std: Tensor  # [out]
+
+
+def fold_batchnorm(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, moments: Moments) -> Folded:
+    """Fold a training-mode batch normalisation into the weight ``[out, in]`` before it (the layer's own bias cancels)."""
+    inverse_std = (((weight @ moments.covariance) * weight).sum(1).clamp(min=0) + eps).rsqrt()
+    scale = norm_weight * inverse_std
+    return Folded(scale[:, None] * weight, norm_bias - scale * (weight @ moments.mean), scale, inverse_std)
+
+
+class FoldGradient(NamedTuple):
+    """Gradients of a loss with respect to everything that entered :func:`fold_batchnorm`."""
+
+    weight: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    mean: Tensor
+    covariance: Tensor  # symmetric
+
+
+def fold_batchnorm_backward(
+    grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, norm_weight: Tensor, folded: Folded, moments: Moments
+) -> FoldGradient:
+    """Gradient of :func:`fold_batchnorm` for the gradients of the folded weight and bias."""
+    grad_scale = (grad_weight * weight).sum(1) - grad_bias * (weight @ moments.mean)
+    grad_projected_mean = -folded.scale * grad_bias
+    grad_variance = -0.5 * grad_scale * norm_weight * folded.inverse_std**3
+    return FoldGradient(
+        weight=folded.scale[:, None] * grad_weight
+        + torch.outer(grad_projected_mean, moments.mean)
+        + (2 * grad_variance)[:, None] * (weight @ moments.covariance),
+        norm_weight=grad_scale * folded.inverse_std,
+        norm_bias=grad_bias,
+        mean=weight.T @ grad_projected_mean,
+        covariance=weight.T @ (grad_variance[:, None] * weight),
+    )

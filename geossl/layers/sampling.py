@@ -1,0 +1,42 @@
+"""Random draws that do not depend on how a batch was split over processes or accumulated micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geossl.geometry import PointBatch
+
+
+@dataclass(frozen=True)
+class BatchRandom:
+    """Draws uniform numbers for the *global* batch and hands each sample its own rows.
+
+    With the same generator state, two processes (or two micro-batches) that hold halves of a batch see exactly the numbers one
+    process with the whole batch sees.
+
+    Args:
+        size: Samples in this batch, B.
+        generator: CPU generator to draw from; None draws from torch's global one.
+        slot: Place of each sample in the global batch, ``[B]`` int64; None means ``arange(B)``.
+        global_size: Samples in the global batch; None means B.
+    """
+
+    size: int
+    generator: torch.Generator | None = None
+    slot: Tensor | None = None
+    global_size: int | None = None
+
+    @classmethod
+    def of(cls, batch: PointBatch, generator: torch.Generator | None = None) -> BatchRandom:
+        """The draws belonging to ``batch``."""
+        return cls(len(batch), generator, batch.slot, batch.global_size)
+
+    def rand(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """Uniform numbers in [0, 1), ``[B, *shape]`` float32 on ``device`` (drawn on the CPU: equal on every device)."""
+        noise = torch.rand(self.global_size or self.size, *shape, generator=self.generator)
+        if self.slot is not None:
+            noise = noise[self.slot.cpu()]
+        return noise.to(device)

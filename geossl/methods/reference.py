@@ -1,0 +1,61 @@
+"""Official checkpoints: one call that builds the exact parity model of a published file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from geossl.errors import unknown_name
+from geossl.methods import point_mae
+from geossl.models.checkpoints import load_state, read_reference_state
+from geossl.models.point_vit import PointViT
+
+
+def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, Any], config: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build the parity model of an official checkpoint: the same numbers as the published code, reference quirks included.
+
+    Files are read without executing pickled code; any missing or unexpected weight is an error that lists the names.
+
+    Args:
+        system: ``"point_mae"``. Pretraining and classifier files are told apart by their weights.
+        source: The file (``.pth``, ``.safetensors``), or what was read from it.
+        config: The ``model`` section of the published configuration, for files trained with other than the released numbers.
+
+    Returns:
+        The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`) for a pretraining file, the task
+        (:class:`geossl.tasks.Classification`) for a classifier file. Its ``backbone`` is the encoder.
+
+    Raises:
+        UnknownNameError: unknown ``system``.
+        CheckpointError: the file is unsafe, damaged, or of another model.
+
+    Example:
+        >>> model = geossl.load_reference("point_mae", "pretrain.pth")
+        >>> features = geossl.extract_features(model.backbone, points)
+    """
+    if system not in REFERENCES:
+        raise unknown_name("reference system", system, REFERENCES)
+    model = REFERENCES[system](source if isinstance(source, Mapping) else os.fspath(source), config)
+    return model.eval()
+
+
+def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
+    from geossl.tasks import classification
+
+    state = read_reference_state(source)
+    name = "the given state" if isinstance(source, Mapping) else source
+    if any(key.startswith("cls_head_finetune.") for key in state):
+        (backbone_config, task_config), converted = classification.convert_reference_state(state, config)
+        model: nn.Module = task_config.build(PointViT(backbone_config))
+    else:
+        (encoder_config, method_config), converted = point_mae.convert_reference_state(state, config)
+        model = method_config.build(PointViT(encoder_config))
+    load_state(model, converted, source=name)
+    return model
+
+
+REFERENCES: dict[str, Callable[[Any, Mapping[str, Any] | None], nn.Module]] = {"point_mae": _point_mae}
+"""Systems whose official checkpoints can be read."""

@@ -1,0 +1,105 @@
+"""Reading weights safely: safetensors, and torch files without executing anything they contain."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from geossl.errors import CheckpointError
+
+# Training scripts like to store accuracies as numpy scalars; rebuilding those runs nothing but numpy's own constructors.
+_NUMPY_SCALARS = [
+    np.dtype,
+    np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar,
+    *{type(np.dtype(t)) for t in "fdilq?"},
+]
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file; a missing or damaged one raises :class:`CheckpointError` naming it."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors (missing, truncated or not such a file): {error}") from error
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> Any:
+    """Read a ``.pth``/``.pt``/``.ckpt`` file with ``weights_only=True``: tensors and plain containers, never code.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or asks for anything but data.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds Python objects beyond tensors and plain containers, which would run code when read; it was not opened. "
+            f"If you trust its author, re-save only its state_dict. ({str(error).splitlines()[0]})"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as a torch file (missing, truncated or not such a file): {error}") from error
+
+
+def read_reference_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Find the weights in an official checkpoint: a file (torch or safetensors), or what was read from one.
+
+    Looks under the usual keys (``base_model``, ``model``, ``state_dict``) and strips the ``module.`` that data-parallel training
+    leaves; float16 weights become float32.
+
+    Raises:
+        CheckpointError: no tensors are found.
+    """
+    if isinstance(source, Mapping):
+        content, name = source, "the given state"
+    else:
+        name = str(source)
+        content = read_safetensors(source) if Path(source).suffix == ".safetensors" else read_torch_file(source)
+    for key in ("base_model", "model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not state:
+        keys = sorted(map(str, content))[:10] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(
+            f"{name} holds no weights: expected tensors, or a dict of them under base_model, model or state_dict; found {keys}"
+        )
+    return {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load ``state`` into ``module``, strictly: nothing is skipped, and on any mismatch nothing is loaded.
+
+    Args:
+        module: The module to fill.
+        state: Tensors by name.
+        source: Where they come from, for the message.
+
+    Raises:
+        CheckpointError: names are missing, unexpected, or have another shape; the message lists them.
+    """
+    own = module.state_dict()
+    missing = sorted(set(own) - set(state))
+    unexpected = sorted(set(state) - set(own))
+    shapes = [f"{k} {list(state[k].shape)} (expected {list(own[k].shape)})" for k in own if k in state and state[k].shape != own[k].shape]
+    if not (missing or unexpected or shapes):
+        module.load_state_dict(dict(state))
+        return
+    lines = [f"{source} does not fit {type(module).__name__}; nothing was loaded:"]
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
+        if names:
+            lines.append(f"  {title} ({len(names)}): {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
+    near = difflib.get_close_matches(missing[0], unexpected, n=1) if missing else []
+    if near:
+        lines.append(f"  ({near[0]!r} looks like {missing[0]!r}: official checkpoint files are read by geossl.load_reference)")
+    raise CheckpointError("\n".join(lines))

@@ -1,0 +1,41 @@
+"""Masks hide the published number of tokens, reproducibly, and blocks are contiguous."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from geossl.layers import Segments, block_mask, random_mask
+from geossl.layers.sampling import BatchRandom
+
+
+def draws(size: int, seed: int = 0) -> BatchRandom:
+    return BatchRandom(size, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("lengths", [(64, 64), (10, 1, 0, 3)])
+def test_counts_follow_the_published_rounding_and_leave_one_visible(lengths):
+    centers = torch.rand(sum(lengths), 3)
+    for mask in (
+        random_mask(Segments(lengths), 0.6, draws(len(lengths))),
+        block_mask(centers, Segments(lengths), 0.6, draws(len(lengths))),
+    ):
+        hidden = [int(part.sum()) for part in mask.split(list(lengths))]
+        assert hidden == [min(int(0.6 * n), max(n - 1, 0)) for n in lengths]
+
+
+def test_random_masks_are_reproducible_uniform_and_differ_between_samples():
+    segments = Segments((8,) * 2000)
+    first, again = (random_mask(segments, 0.5, draws(2000)) for _ in range(2))
+    assert torch.equal(first, again)
+    rows = first.view(2000, 8).float()
+    assert len(rows.unique(dim=0)) == 70  # all 8-choose-4 subsets
+    assert (rows.mean(0) - 0.5).abs().max() < 0.05
+
+
+def test_a_block_is_the_nearest_centres_of_one_of_them():
+    centers = torch.rand(40, 3)
+    for seed in range(5):
+        hidden = block_mask(centers, Segments((40,)), 0.4, draws(1, seed)).nonzero()[:, 0].tolist()
+        nearest = torch.cdist(centers, centers).argsort(1)[:, : int(0.4 * 40)]
+        assert any(set(hidden) == set(row.tolist()) for row in nearest)
