@@ -253,7 +253,7 @@ def _weighted_row_sums(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 def _scatter_product(slot: Tensor, grad: Tensor, weight: Tensor, size: int) -> Tensor:
     """``D @ weight`` where ``D [G * size, C]`` holds ``grad [G, C]`` at the rows ``slot [G, C]`` of each group and zeros elsewhere."""
-    groups, channels = grad.shape
+    groups = grad.shape[0]
     order = slot.argsort(dim=1, stable=True)
     counts = torch.zeros(groups, size, dtype=torch.int64, device=slot.device).scatter_add_(1, slot, torch.ones_like(slot))
     offsets = counts.flatten().cumsum(0) - counts.flatten()

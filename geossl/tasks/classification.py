@@ -164,8 +164,10 @@ class Classification(nn.Module):
 
 
 def smoothed_cross_entropy(logits: Tensor, label: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy against ``1 - smoothing`` on the class and ``smoothing / (classes - 1)`` on each other one (the published form,
-    which is not torch's ``label_smoothing``)."""  # fmt: skip
+    """Cross-entropy against ``1 - smoothing`` on the class and ``smoothing / (classes - 1)`` on each other one.
+
+    This is the published form; torch's ``label_smoothing`` spreads over all classes.
+    """
     if not smoothing:
         return F.cross_entropy(logits, label)
     log_probability = logits.log_softmax(1)

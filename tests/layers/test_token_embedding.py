@@ -44,7 +44,9 @@ def test_values_gradients_and_statistics_equal_the_definition(groups, size, colu
     keep = sorted(data.draw(st.sets(st.integers(0, groups - 1), min_size=1)))
     module, twin, x_fast, x_twin, fast, plain = both_forms(groups, size, columns, keep, seed, duplicates)
     torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(x_fast.grad, x_twin.grad, rtol=1e-7, atol=1e-8)
+    # Which of several equal points holds a maximum may differ by a last bit, so their gradients are compared summed.
+    grads = [x.grad.sum(1) if duplicates else x.grad for x in (x_fast, x_twin)]
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-8)
     for (name, a), (_, b) in zip(module.named_parameters(), twin.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-7, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
     for (name, a), (_, b) in zip(module.named_buffers(), twin.named_buffers(), strict=True):
