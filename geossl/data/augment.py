@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from geossl.config import require
 from geossl.data.sample import PointCloud
-from geossl.errors import ConfigError, DataError
+from geossl.errors import DataError
 
 
 @dataclass(kw_only=True)
@@ -40,13 +41,10 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         low, high = self.scale
-        if not 0.0 < low <= high:
-            raise ConfigError(f"augment.scale: expected 0 < low <= high, got {self.scale}")
+        require(0.0 < low <= high, "scale", "must hold 0 < low <= high", self.scale)
         for name in ("shift", "rotation", "jitter", "jitter_clip"):
-            if getattr(self, name) < 0.0:
-                raise ConfigError(f"augment.{name}: must not be negative, got {getattr(self, name)}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"augment.dropout: must lie in [0, 1), got {self.dropout}")
+            require(getattr(self, name) >= 0.0, name, "must not be negative", getattr(self, name))
+        require(0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1)", self.dropout)
 
 
 def normalize(cloud: PointCloud, source: str = "point cloud") -> PointCloud:

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from geossl.config import require
 from geossl.data.augment import AugmentConfig, augment, normalize
+from geossl.data.files import check_finite
 from geossl.data.sample import COLUMN_NAMES, Columns, PointCloud, Sample
-from geossl.errors import ConfigError, DataError
+from geossl.errors import DataError
 from geossl.registry import Registry
 
 DATASETS: Registry[Any] = Registry("data set")
@@ -38,12 +40,9 @@ class PointDataConfig:
     """Augmentation of training samples."""
 
     def __post_init__(self) -> None:
-        if self.points < 2:
-            raise ConfigError(f"points: a sample needs at least 2 points, got {self.points}")
-        if self.pool is not None and self.pool < self.points:
-            raise ConfigError(f"pool: must be at least points ({self.points}), got {self.pool}")
-        if self.columns not in COLUMN_NAMES:
-            raise ConfigError(f"columns: expected one of {', '.join(COLUMN_NAMES)}, got {self.columns!r}")
+        require(self.points >= 2, "points", "must be at least 2", self.points)
+        require(self.pool is None or self.pool >= self.points, "pool", f"must be at least points ({self.points})", self.pool)
+        require(self.columns in COLUMN_NAMES, "columns", f"must be one of {', '.join(COLUMN_NAMES)}", self.columns)
 
 
 class PointDataset:
@@ -100,7 +99,11 @@ class PointDataset:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"{self.config.name}: row {row} is outside 0..{len(self) - 1}")
-        config, cloud, source = self.config, self.read(row), self.source(row)
+        config, source = self.config, self.source(row)
+        cloud = self.read(row).only(config.columns, source)
+        if len(cloud) < 2:
+            raise DataError(f"{source}: a point cloud needs at least 2 points, got {len(cloud)}")
+        check_finite(source, coord=cloud.coord, normal=cloud.normal, color=cloud.color)
         if config.normalize == "cloud":
             cloud = normalize(cloud, source)
         cloud = self._choose(cloud, rng)
@@ -108,11 +111,7 @@ class PointDataset:
             cloud = normalize(cloud, source)
         if rng is not None:
             cloud = augment(cloud, rng, config.augment)
-        points = cloud.stack(config.columns, source)
-        if not np.isfinite(points).all():
-            bad = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
-            raise DataError(f"{source}: point {bad} of the sample is not finite: {points[bad].tolist()}")
-        return Sample(points, int(self.labels[row]), row)
+        return Sample(cloud.stack(), int(self.labels[row]), row)
 
     def _choose(self, cloud: PointCloud, rng: np.random.Generator | None) -> PointCloud:
         """Return ``config.points`` points of ``cloud`` (all, if it has fewer)."""

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from geossl.config import require
 from geossl.data.dataset import PointDataset
 from geossl.data.sample import collate
 from geossl.errors import ConfigError, DataError
@@ -205,18 +206,12 @@ def build_loader(
         >>> loader = build_loader(DATASETS.config("objects").build("train"), 32, seed=0)
         >>> batch = next(loader)
     """
-    checks = {
-        f"batch_size: must be at least 1, got {batch_size}": batch_size >= 1,
-        f"seed: must not be negative, got {seed}": seed >= 0,
-        f"workers: must not be negative, got {workers}": workers >= 0,
-        f"rank: must lie in 0..{world_size - 1}, got {rank}": 0 <= rank < world_size,
-        f"batch_size: {batch_size} does not divide by the {world_size} processes": world_size >= 1 and batch_size % world_size == 0,
-        "drop_last: several processes need whole batches, set drop_last=True": drop_last or world_size == 1,
-    }
-    for message, passed in checks.items():
-        if not passed:
-            raise ConfigError(message)
+    require(batch_size >= 1, "batch_size", "must be at least 1", batch_size)
+    require(seed >= 0, "seed", "must not be negative", seed)
+    require(workers >= 0, "workers", "must not be negative", workers)
+    require(0 <= rank < world_size, "rank", f"must lie in 0..{world_size - 1}", rank)
+    require(batch_size % world_size == 0, "batch_size", f"must divide by the {world_size} processes", batch_size)
+    require(drop_last or world_size == 1, "drop_last", f"must be True with {world_size} processes: they need whole batches", drop_last)
     batches = _Batches(dataset, batch_size, seed, rank, world_size, shuffle, drop_last, augment)
-    if batches.per_epoch == 0:
-        raise ConfigError(f"batch_size: {batch_size} is more than the data set has ({len(dataset)} samples); lower it")
+    require(batches.per_epoch > 0, "batch_size", f"must not be more than the data set's {len(dataset)} samples", batch_size)
     return Loader(batches, workers, prefetch, context, pin_memory)

@@ -6,14 +6,16 @@ import csv
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from geossl.config import require
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
+from geossl.data.files import atomic_write, existing, read_npz
 from geossl.data.sample import PointCloud
 from geossl.data.splits import group_resplit
-from geossl.errors import ConfigError, DataError
+from geossl.errors import DataError
 
 SAMPLES = Path(__file__).parent / "samples"
 PLACEMENTS = ("floor", "on_top", "wall", "ceiling", "outdoor", "never")
@@ -39,8 +41,7 @@ class ObjectsConfig(PointDataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.points > STORED_POINTS:
-            raise ConfigError(f"points: the embedded objects have {STORED_POINTS} points each, got {self.points}")
+        require(self.points <= STORED_POINTS, "points", f"must be at most {STORED_POINTS}, what the embedded objects have", self.points)
 
     def build(self, split: str) -> ObjectsDataset:
         """Make the data set of ``split``: ``train``, ``test`` or ``all``."""
@@ -88,19 +89,16 @@ ARRAYS = ("xyz", "normal", "rgb", "scale_m", "label", "split", "group", "placeme
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Read a tab-separated table with a header line."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
+    with existing(path, "table").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 @functools.cache
 def load_objects(path: Path = SAMPLES / "objects.npz") -> ObjectLibrary:
-    """Read the embedded objects (once per process). The arrays are shared: do not write into them."""
-    from geossl.data.files import open_npz
-
-    arrays = open_npz(path, ARRAYS)
+    """Read the embedded objects (once per process). The arrays are shared and cannot be written into."""
+    arrays = read_npz(path, ARRAYS)
+    for array in arrays.values():
+        array.flags.writeable = False
     table = read_table(path.with_suffix(".tsv"))
     if len(table) != len(arrays["xyz"]):
         raise DataError(f"{path}: {len(arrays['xyz'])} objects, but its table lists {len(table)}; build both with tools/prepare_data.py")
@@ -157,10 +155,8 @@ def pack_objects(source: Path, out: Path) -> int:
     Raises:
         DataError: a file is missing or damaged, or an object has no placement.
     """
-    from geossl.data.files import atomic_write, open_npz
-
     names = [name for name in ARRAYS if name != "placement"]
-    arrays, table = open_npz(source / "objects.npz", names), read_table(source / "objects.tsv")
+    arrays, table = read_npz(source / "objects.npz", names), read_table(source / "objects.tsv")
     decided = {row["id"]: row for row in read_table(out.with_suffix(".tsv"))}
     keep = [index for index, row in enumerate(table) if row["source"] != "core"]
     missing = [table[index]["id"] for index in keep if decided.get(table[index]["id"], {}).get("placement") not in PLACEMENTS]
@@ -169,7 +165,7 @@ def pack_objects(source: Path, out: Path) -> int:
             f"{out.with_suffix('.tsv')}: no valid placement ({', '.join(PLACEMENTS)}) for {missing[:5]} ({len(missing)} objects)"
         )
     order = farthest_order(arrays["xyz"][keep].astype(np.float32), STORED_POINTS)
-    packed = {name: arrays[name][keep] for name in names if name != "classes"}
+    packed: dict[str, Any] = {name: arrays[name][keep] for name in names if name != "classes"}
     for name in ("xyz", "normal", "rgb"):
         packed[name] = np.take_along_axis(packed[name], order[:, :, None], axis=1)
     packed["placement"] = np.array([PLACEMENTS.index(decided[table[index]["id"]]["placement"]) for index in keep], dtype=np.int8)

@@ -14,7 +14,7 @@ from geossl.geometry import PackedPoints, PointBatch
 
 Columns = Literal["xyz", "xyz+normal", "xyz+rgb", "all"]
 
-COLUMN_NAMES: dict[str, tuple[str, ...]] = {
+COLUMN_NAMES: dict[Columns, tuple[str, ...]] = {
     "xyz": ("xyz",),
     "xyz+normal": ("xyz", "normal"),
     "xyz+rgb": ("xyz", "rgb"),
@@ -46,18 +46,21 @@ class PointCloud:
         color = None if self.color is None else self.color[rows]
         return PointCloud(self.coord[rows], normal, color)
 
-    def stack(self, columns: Columns, source: str = "point cloud") -> np.ndarray:
-        """Return ``[N, 3 | 6 | 9]`` float32: xyz, then normal, then rgb, as ``columns`` says.
+    def only(self, columns: Columns, source: str = "point cloud") -> PointCloud:
+        """Return the cloud with no more than ``columns``.
 
         Raises:
             DataError: a wanted column is missing; the message names ``source``.
         """
-        parts = {"xyz": self.coord, "normal": self.normal, "rgb": self.color}
         wanted = COLUMN_NAMES[columns]
-        for name in wanted:
-            if parts[name] is None:
-                raise DataError(f"{source}: columns={columns!r} asks for {name}, which this data does not have; choose columns='xyz'")
-        return np.concatenate([parts[name] for name in wanted], axis=1, dtype=np.float32)  # type: ignore[arg-type]
+        missing = [name for name, values in (("normal", self.normal), ("rgb", self.color)) if name in wanted and values is None]
+        if missing:
+            raise DataError(f"{source}: columns={columns!r} asks for {' and '.join(missing)}, which this data does not have")
+        return PointCloud(self.coord, self.normal if "normal" in wanted else None, self.color if "rgb" in wanted else None)
+
+    def stack(self) -> np.ndarray:
+        """Return ``[N, 3 | 6 | 9]`` float32: xyz, then normal, then rgb, as far as the cloud has them."""
+        return np.concatenate([part for part in (self.coord, self.normal, self.color) if part is not None], axis=1, dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""``geossl prepare-data``: bring data into the form the package reads quickly.
+
+    prepare_data.py folder --source MESHES --out SHARDS --points 8192     a folder of meshes or clouds -> memory-mapped shards
+    prepare_data.py check --source SHARDS                                 compare every file of a shard set with its checksum
+    prepare_data.py objects --source CATALOGUE --out FILE.npz             rebuild the embedded objects
+
+``folder`` continues where it was interrupted when the same command is given again. Then: ``data: {name: shards, root: SHARDS}``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from geossl.config import load_config
+from geossl.data import FileOptions, ShardOptions, check_shards, write_shards
+from geossl.data.objects import pack_objects
+from geossl.errors import ConfigError, unknown_name
+
+
+@dataclass(kw_only=True)
+class FolderCommand(FileOptions, ShardOptions):
+    """Convert a folder of meshes or clouds to memory-mapped shards; give the same command again to continue."""
+
+    source: Path | None = None
+    """Folder to convert; the names of its sub-folders are the classes."""
+    out: Path | None = None
+    """Folder of the shard set to write."""
+
+    def __post_init__(self) -> None:
+        FileOptions.__post_init__(self)
+        ShardOptions.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class CheckCommand:
+    """Compare every file of a shard set with its checksum."""
+
+    source: Path | None = None
+    """Folder of the shard set."""
+
+
+@dataclass(kw_only=True)
+class ObjectsCommand:
+    """Rebuild the embedded objects; where each one goes is taken from the table that stands beside ``out``."""
+
+    source: Path | None = None
+    """Folder with the sampled catalogue: ``objects.npz`` (2,048 points each) and ``objects.tsv``."""
+    out: Path | None = None
+    """The npz to write."""
+
+
+def _given(path: Path | None, flag: str) -> Path:
+    if path is None:
+        raise ConfigError(f"--{flag} is needed; see --help")
+    return path
+
+
+def _folder(args: list[str]) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    command = load_config(FolderCommand, None, args, prog="prepare-data folder")
+    source, out = _given(command.source, "source"), _given(command.out, "out")
+    files = FileOptions(**{f.name: getattr(command, f.name) for f in fields(FileOptions)})
+    options = ShardOptions(**{f.name: getattr(command, f.name) for f in fields(ShardOptions)})
+    started = time.perf_counter()
+    columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[skipped]}"), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=None, skipped="")
+
+        def progress(done: int, total: int, skipped: int) -> None:
+            bar.update(task, completed=done, total=total, skipped=f"{skipped} left out" if skipped else "")
+
+        index = write_shards(source, out, files, options, progress)
+    clouds, skipped = sum(shard["clouds"] for shard in index["shards"]), [text for shard in index["shards"] for text in shard["skipped"]]
+    print(
+        f"{out}: {clouds} clouds in {len(index['shards'])} shards, {len(index['classes'])} classes, {time.perf_counter() - started:.1f} s"
+    )
+    if skipped:
+        print(f"warning: left out {len(skipped)} files that could not be used; the first: {skipped[0]}")
+    print(f"use it with: --data.name shards --data.root {out}")
+    return 0
+
+
+def _check(args: list[str]) -> int:
+    source = _given(load_config(CheckCommand, None, args, prog="prepare-data check").source, "source")
+    print(f"{source}: all {check_shards(source)} files have the checksums of the index")
+    return 0
+
+
+def _objects(args: list[str]) -> int:
+    command = load_config(ObjectsCommand, None, args, prog="prepare-data objects")
+    source, out = _given(command.source, "source"), _given(command.out, "out")
+    count = pack_objects(source, out)
+    print(f"{out}: {count} objects, {out.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"folder": _folder, "check": _check, "objects": _objects}
+
+
+def main(argv: list[str]) -> int:
+    """Run ``prepare-data`` and return the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print((__doc__ or "").replace("``", ""))
+        return 0 if argv else 2
+    if argv[0] not in _COMMANDS:
+        raise unknown_name("prepare-data command", argv[0], _COMMANDS)
+    return _COMMANDS[argv[0]](argv[1:])
