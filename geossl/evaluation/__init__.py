@@ -10,7 +10,6 @@ from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
 from geossl.evaluation.prober import Prober, quick_probe
 from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore, probe
-from geossl.evaluation.splits import group_resplit
 
 __all__ = [
     "BASELINES",
@@ -21,7 +20,6 @@ __all__ = [
     "Prober",
     "calibrate_batchnorm",
     "embed",
-    "group_resplit",
     "pool_tokens",
     "probe",
     "quick_probe",

@@ -23,14 +23,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: its tensors could not be trained on afterwards
             yield
     finally:
         for child, mode in modes.items():
             child.training = mode
 
 
-def read_tokens(backbone: nn.Module, points: PackedPoints | Tensor, layers: int | Sequence[int] | None = None) -> Tokens:
+def read_tokens(backbone: Any, points: PackedPoints | Tensor, layers: int | Sequence[int] | None = None) -> Tokens:
     """Run ``backbone`` and return the tokens of the wanted layers.
 
     Args:
@@ -84,7 +84,7 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def load_points(dataset: Any, rows: Sequence[int], points: int | None, in_channels: int) -> PackedPoints:
+def load_points(dataset: Any, rows: Sequence[int] | np.ndarray, points: int | None, in_channels: int) -> PackedPoints:
     """Read ``rows`` of ``dataset`` in their deterministic form, packed.
 
     Args:
@@ -129,7 +129,7 @@ def embed(
     pooling: Pooling = "mean_max",
     points: int | None = None,
     batch_size: int = 32,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Embed every cloud of ``dataset`` with the frozen ``backbone``: evaluation mode, no gradient, no augmentation.
 

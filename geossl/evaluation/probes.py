@@ -2,7 +2,7 @@
 
 The protocol (all of it in :class:`ProbeProtocol`): features are standardised with the mean and deviation of the *training part*,
 a simple classifier is fitted on the training part and its accuracy taken on the test part; once on the official split and once on
-each of at least five group-aware resplits (:func:`geossl.evaluation.splits.group_resplit`). Nothing is ever chosen by looking at a
+each of at least five group-aware resplits (:func:`geossl.data.group_resplit`). Nothing is ever chosen by looking at a
 test part: where a constant is searched (probe ``svm_cv``), it is by cross-validation inside the training part.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from geossl.data import group_resplit
 from geossl.errors import DataError, unknown_name
-from geossl.evaluation.splits import group_resplit
 
 PROBES = {
     "knn": "k nearest neighbours, cosine",

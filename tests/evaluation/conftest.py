@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,15 +71,13 @@ class TinyEncoder(nn.Module):
         super().__init__()
         self.config, self.num_features = config, config.channels
         sizes = [3] + [config.channels] * config.depth
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(sizes))
         self.norm = nn.LayerNorm(config.channels)
         self.passes = 0
 
     def forward_intermediates(self, points: PackedPoints, indices=None, *, norm: bool = True) -> tuple[Tokens, list[torch.Tensor]]:
         self.passes += 1
-        chosen = torch.cat([torch.arange(int(a), int(b), 8) for a, b in zip(points.offsets, points.offsets[1:], strict=False)])
+        chosen = torch.cat([torch.arange(int(a), int(b), 8) for a, b in pairwise(points.offsets)])
         offsets = torch.tensor([0, *((points.lengths + 7) // 8).cumsum(0).tolist()])
         x = points.coord[chosen]
         outputs = []

@@ -1,0 +1,285 @@
+"""Features of anything, in one call: a tensor, a file, a folder of files or a data set; per point, per token or per cloud."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geossl import ops
+from geossl.data import DATASETS, read_points
+from geossl.data.files import atomic_write
+from geossl.data.sample import Columns
+from geossl.errors import DataError
+from geossl.evaluation.features import Pooling, device_of, frozen, pack, pool_tokens, read_tokens
+from geossl.geometry import PackedPoints, Tokens
+from geossl.models import load
+
+OUTPUTS = ("points", "tokens", "global")
+FILE_POINTS = 1024
+
+_COLUMNS_OF: dict[int, Columns] = {3: "xyz", 9: "all"}
+
+
+@dataclass(frozen=True)
+class ExtractedFeatures:
+    """Features of several clouds, packed.
+
+    Args:
+        coord: Where each feature sits, ``[M, 3]``, in the coordinates of the source: the points themselves, the token centres, or
+            the mean of the cloud.
+        offsets: ``[B + 1]`` int64; the features of cloud ``b`` are the rows ``offsets[b]:offsets[b + 1]``.
+        feats: ``[M, D]`` float32.
+        names: One name per cloud: the file (relative to its folder), or what the data set calls the row.
+        output: "points", "tokens" or "global".
+    """
+
+    coord: Tensor
+    offsets: Tensor
+    feats: Tensor
+    names: list[str]
+    output: str
+
+    def __len__(self) -> int:
+        """Number of clouds."""
+        return len(self.names)
+
+    def __getitem__(self, cloud: int) -> tuple[Tensor, Tensor]:
+        """Return ``(coord, feats)`` of one cloud."""
+        rows = slice(int(self.offsets[cloud]), int(self.offsets[cloud + 1]))
+        return self.coord[rows], self.feats[rows]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to ``path``: ``.npz`` (arrays coord, offsets, feats, names, output) or ``.safetensors`` (names in its metadata).
+
+        The file is there whole or not at all.
+        """
+        path = Path(path)
+        arrays = {"coord": self.coord.numpy(), "offsets": self.offsets.numpy(), "feats": self.feats.numpy()}
+        if path.suffix == ".npz":
+            atomic_write(path, lambda file: np.savez(file, **arrays, names=np.array(self.names), output=np.array(self.output)))
+        elif path.suffix == ".safetensors":
+            from safetensors.numpy import save
+
+            payload = save(arrays, metadata={"names": json.dumps(self.names), "output": self.output})
+            atomic_write(path, lambda file: file.write(payload))
+        else:
+            raise DataError(f"{path}: features are written as .npz or .safetensors; end the name in one of these")
+        return path
+
+
+def extract_features(
+    model: nn.Module | str | os.PathLike[str],
+    source: Any,
+    *,
+    output: Literal["points", "tokens", "global"] = "points",
+    layers: int | Sequence[int] | None = None,
+    pooling: Pooling = "mean_max",
+    points: int | None = None,
+    normalize: bool | None = None,
+    columns: Columns | None = None,
+    batch_size: int = 32,
+) -> ExtractedFeatures:
+    """Extract frozen features.
+
+    Args:
+        model: A backbone, a pretraining method (its backbone is taken), a run or export folder, or a hub id (see
+            :func:`geossl.load`).
+        source: What to describe. ``[N, 3 + C]`` or ``[B, N, 3 + C]`` tensor or array; :class:`~geossl.geometry.PackedPoints`; a
+            point cloud or mesh file; a folder of such files (searched below, too); a data set, or the name of one ("objects", "objects:test").
+        output: "points": a feature for every point, interpolated from the three nearest tokens with inverse squared distances
+            (PointNet++, Qi et al., NIPS 2017); "tokens": the tokens at their centres; "global": one vector per cloud.
+        layers: Blocks to read; None for the normed last block, a list (or the last so many) for several side by side.
+        pooling: How tokens become one vector for output="global": "mean_max", "mean" or "max".
+        points: At most so many points of a cloud are shown to the encoder, chosen by farthest-point sampling. Features still come
+            for every point. None: all points of tensors and data sets, 1,024 of files (about the density that the shipped
+            configurations train at).
+        normalize: Subtract the mean and divide by the largest norm before encoding. None: for files (as in pretraining), not for
+            tensors and data sets, which are taken as they are.
+        columns: Columns of a file or named data set; None takes those the backbone needs where its ``in_channels`` says so (3: xyz,
+            9: xyz, normal, rgb).
+        batch_size: Clouds per forward pass.
+
+    Returns:
+        :class:`ExtractedFeatures` on the CPU, float32, in the order of the source; ``coord`` is never normalised.
+
+    Raises:
+        DataError: a cloud is empty, has NaN rows or cannot be read; the message names the file or the position.
+        CheckpointError: the model cannot be loaded.
+
+    Example:
+        >>> features = geossl.extract_features("runs/mine", "scans/", output="points")
+        >>> coord, feats = features[0]
+        >>> features.save("scans.npz")
+    """
+    if output not in OUTPUTS:
+        raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+    if points is not None and points < 1:
+        raise ValueError(f"points must be at least 1, got {points}")
+    backbone = resolve_backbone(model)
+    is_file = isinstance(source, str | os.PathLike) and Path(source).exists()
+    normalize = is_file if normalize is None else normalize
+    points = FILE_POINTS if points is None and is_file else points
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    names: list[str] = []
+    with frozen(backbone):
+        for batch in _batches(_clouds(source, int(backbone.in_channels), columns, normalize), batch_size):
+            names += [cloud.name for cloud in batch]
+            parts.append(_describe(backbone, batch, output, layers, pooling, points))
+    if not parts:
+        raise DataError(f"extract_features: {source!r} holds no cloud")
+    coord, lengths, feats = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return ExtractedFeatures(coord, offsets, feats.float(), names, output)
+
+
+def resolve_backbone(model: nn.Module | str | os.PathLike[str]) -> Any:
+    """Return the backbone that ``model`` means: itself, its ``backbone``, or the one saved in that folder or hub repository."""
+    if isinstance(model, nn.Module):
+        return getattr(model, "backbone", model)
+    return load(model)
+
+
+def interpolate(tokens: Tokens, coord: Tensor, offsets: Tensor) -> Tensor:
+    """Carry token features to points: mean of the three nearest tokens of the same cloud, weighted by inverse squared distance.
+
+    Args:
+        tokens: ``feats [T, C]`` at ``centers [T, 3]``; clouds with fewer than three tokens use those they have.
+        coord: Positions, ``[M, 3]``.
+        offsets: ``[B + 1]`` int64, clouds of ``coord``, as many as in ``tokens``.
+
+    Returns:
+        ``[M, C]``; differentiable in ``tokens.feats``.
+    """
+    near = ops.knn(coord, tokens.centers, 3, query_offsets=offsets, offsets=tokens.offsets)
+    weight = torch.where(near.index >= 0, 1.0 / (near.distance + 1e-8), 0.0)
+    weight = (weight / weight.sum(1, keepdim=True)).to(tokens.feats.dtype)
+    return (tokens.feats[near.index.clamp(min=0)] * weight[:, :, None]).sum(1)
+
+
+class _Cloud(NamedTuple):
+    """One cloud and the frame the encoder sees it in: ``coord = points[:, :3] * size + center``."""
+
+    name: str
+    coord: Tensor  # [N, 3], as in the source
+    points: Tensor  # [N, 3 + C], for the encoder
+    center: Tensor  # [3]
+    size: Tensor  # []
+
+
+def _describe(
+    backbone: Any, batch: list[_Cloud], output: str, layers: int | Sequence[int] | None, pooling: Pooling, points: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``coord [m, 3]``, ``lengths [b]`` and ``feats [m, D]`` of a batch of clouds."""
+    device = device_of(backbone)
+    shown = pack([cloud.points if points is None else _even_subset(cloud.points, points) for cloud in batch]).to(device)
+    tokens = read_tokens(backbone, shown, layers)
+    if output == "points":
+        full = pack([cloud.points[:, :3] for cloud in batch]).to(device)
+        feats = interpolate(tokens, full.coord, full.offsets)
+        return torch.cat([cloud.coord for cloud in batch]), full.lengths.cpu(), feats
+    if output == "tokens":
+        centers = tokens.centers.cpu().split(tokens.lengths.tolist())
+        coord = torch.cat([place * cloud.size + cloud.center for place, cloud in zip(centers, batch, strict=True)])
+        return coord, tokens.lengths.cpu(), tokens.feats
+    coord = torch.stack([cloud.coord.mean(0) for cloud in batch])
+    return coord, torch.ones(len(batch), dtype=torch.int64), pool_tokens(tokens, pooling)
+
+
+def _even_subset(points: Tensor, count: int) -> Tensor:
+    if len(points) <= count:
+        return points
+    return points[ops.farthest_point_sample(points[None, :, :3].contiguous(), count)[0]]
+
+
+def _batches(clouds: Iterator[_Cloud], size: int) -> Iterator[list[_Cloud]]:
+    while batch := list(itertools.islice(clouds, size)):
+        yield batch
+
+
+def _clouds(source: Any, in_channels: int, columns: Columns | None, normalize: bool) -> Iterator[_Cloud]:
+    """Yield every cloud of ``source``, checked and in the encoder's frame."""
+    for name, points in _read(source, in_channels, columns):
+        yield _checked(name, torch.as_tensor(points, dtype=torch.float32).cpu(), in_channels, normalize)
+
+
+def _checked(name: str, points: Tensor, in_channels: int, normalize: bool) -> _Cloud:
+    if points.dim() != 2 or points.shape[1] != in_channels:
+        raise DataError(
+            f"{name}: the backbone takes points [N, {in_channels}] (in_channels={in_channels}), got {list(points.shape)}; "
+            "give the columns it was trained with"
+        )
+    if len(points) == 0:
+        raise DataError(f"{name}: the cloud is empty; at least one point is needed")
+    finite = points.isfinite().all(1)
+    if not finite.all():
+        raise DataError(
+            f"{name}: {int((~finite).sum())} of {len(points)} points are not finite (first: row {int((~finite).nonzero()[0])}); "
+            "remove these rows first"
+        )
+    coord, center, size = points[:, :3], torch.zeros(3), torch.tensor(1.0)
+    if normalize:
+        center = coord.double().mean(0).float()
+        size = (coord - center).norm(dim=1).max()
+        if not size > 0:
+            raise DataError(f"{name}: all {len(points)} points coincide, so the cloud cannot be scaled to unit size; needs two or more")
+        points = torch.cat([(coord - center) / size, points[:, 3:]], 1)
+    return _Cloud(name, coord, points, center, size)
+
+
+def _read(source: Any, in_channels: int, columns: Columns | None) -> Iterator[tuple[str, Any]]:
+    """Yield ``(name, points)`` for every cloud of ``source``."""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
+            if not files:
+                raise DataError(f"{path}: no point cloud or mesh below this folder; looked for {', '.join(SUFFIXES)}")
+            for file in files:
+                yield str(file.relative_to(path)), read_points(file).stack(_columns(in_channels, columns), str(file))
+        elif path.exists():
+            yield path.name, read_points(path).stack(_columns(in_channels, columns), str(path))
+        else:
+            yield from _read(_named_dataset(str(source), _columns(in_channels, columns)), in_channels, columns)
+    elif isinstance(source, PackedPoints):
+        rows = source.coord if source.feats is None else torch.cat([source.coord, source.feats], 1)
+        for number, points in enumerate(rows.split(source.lengths.tolist())):
+            yield f"cloud {number}", points
+    elif isinstance(source, Tensor | np.ndarray):
+        if source.ndim not in (2, 3):
+            raise DataError(f"extract_features: a tensor must be [N, 3 + C] or [B, N, 3 + C], got {list(source.shape)}")
+        for number, points in enumerate(source[None] if source.ndim == 2 else source):
+            yield f"cloud {number}", points
+    elif hasattr(source, "get") and hasattr(source, "__len__"):
+        for row in range(len(source)):
+            yield source.source(row), source.get(row, None).points
+    else:
+        raise TypeError(
+            "extract_features: source must be a tensor or array, PackedPoints, a file, a folder, a data set or the name of one, "
+            f"got {type(source).__name__}"
+        )
+
+
+def _columns(in_channels: int, columns: Columns | None) -> Columns:
+    if columns is None and in_channels not in _COLUMNS_OF:
+        raise DataError(
+            f"the backbone takes {in_channels} columns, which could be several things; say columns='xyz+normal' or columns='xyz+rgb'"
+        )
+    return columns or _COLUMNS_OF[in_channels]
+
+
+def _named_dataset(text: str, columns: Columns) -> Any:
+    """Build the data set ``name`` or ``name:split``; without a split, all of it."""
+    name, _, split = text.partition(":")
+    if name not in DATASETS.names():
+        raise DataError(f"{text}: neither a file, a folder nor a data set; the data sets are {', '.join(DATASETS.names())}")
+    return dataclasses.replace(DATASETS.config(name), columns=columns).build(split or "all")

@@ -1,0 +1,118 @@
+"""What a run leaves behind for its report: pictures, embeddings and probe scores, as plain arrays under ``run/report/``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from geossl.data import collate
+from geossl.data.files import atomic_write
+from geossl.evaluation import Prober, probe
+from geossl.evaluation.features import device_of, frozen
+from geossl.evaluation.summary import summarise
+
+log = logging.getLogger("geossl")
+
+THUMB_POINTS = 320
+
+
+def save_report_data(
+    run: str | os.PathLike[str], module: nn.Module, prober: Prober | None, dataset: Any, *, pictures: int = 6, seed: int = 0
+) -> Path:
+    """Save what :func:`geossl.vis.write_report` draws besides the curves, into ``run/report/``.
+
+    Args:
+        run: The run folder.
+        module: The trained method; its ``pictures(batch)`` is called where it has one, its ``backbone`` is embedded and probed.
+        prober: Holds the labelled data; None where the data set has no labels: then embeddings and probes are left out.
+        dataset: Where the pictured objects come from, best one the training did not see.
+        pictures: Number of objects to picture, spread over the classes (over the rows, without classes).
+        seed: Masks of the pictures, and random baselines.
+
+    Returns:
+        ``run/report``, with ``pictures.npz``, ``embedding.npz`` and ``probes.json`` as far as they apply.
+    """
+    folder = Path(run) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(module, "pictures"):
+        _save_pictures(folder / "pictures.npz", module, dataset, pictures, seed)
+    if prober is not None:
+        backbone = getattr(module, "backbone", module)
+        features = prober.features(backbone)
+        summary = summarise(
+            probe(features, prober.protocol),
+            prober.baselines(backbone, seed),
+            features.classes,
+            prober.protocol,
+            model=backbone.config.name,
+            data=prober.parts[0].config.name,
+            points=int(prober.points or prober.parts[0].config.points),
+            layers=prober.layers,
+            pooling=prober.pooling,
+        )
+        text = json.dumps(summary, indent=1) + "\n"
+        atomic_write(folder / "probes.json", lambda file: file.write(text.encode()))
+        _save_embedding(folder / "embedding.npz", prober, features)
+    return folder
+
+
+def _save_pictures(path: Path, module: Any, dataset: Any, count: int, seed: int) -> None:
+    rows = _spread(np.asarray(dataset.labels), count)
+    samples = [dataset.get(int(row), None) for row in rows]
+    device = device_of(module)
+    with frozen(module):
+        made = module.pictures(collate(samples).to(device), generator=torch.Generator(device).manual_seed(seed))
+    arrays: dict[str, np.ndarray] = {"names": np.array([cloud_name(dataset, int(row)) for row in rows])}
+    for number, picture in enumerate(made):
+        for key in ("input", "visible", "reconstruction"):
+            arrays[f"{key}_{number}"] = np.asarray(picture[key], np.float32)
+    atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def _save_embedding(path: Path, prober: Prober, features: Any) -> None:
+    thumbs, colors, names = [], [], []
+    for part, rows in zip(prober.parts, prober.rows, strict=True):
+        for row in rows:
+            points = part.get(int(row), None).points
+            chosen = points[np.resize(np.arange(len(points)), THUMB_POINTS)]
+            thumbs.append(chosen[:, :3])
+            if "rgb" in part.columns:
+                colors.append(chosen[:, -3:])
+            names.append(cloud_name(part, int(row)))
+    clouds = np.stack(thumbs)
+    clouds = clouds - (clouds.max(1, keepdims=True) + clouds.min(1, keepdims=True)) / 2
+    clouds = clouds / np.linalg.norm(clouds, axis=2).max(1)[:, None, None].clip(1e-9)
+    arrays = {
+        "features": features.values.astype(np.float32),
+        "labels": features.labels,
+        "groups": features.groups,
+        "test": features.test,
+        "classes": np.array(features.classes),
+        "names": np.array(names),
+        "thumbs": np.round(clouds * 127).astype(np.int8),
+    }
+    if colors:
+        arrays["thumb_colors"] = np.round(np.stack(colors) * 255).clip(0, 255).astype(np.uint8)
+    atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def cloud_name(dataset: Any, row: int) -> str:
+    """Return a short name of cloud ``row``: the words in brackets of its source, or the last part of its path."""
+    text = str(dataset.source(row))
+    if text.endswith(")") and "(" in text:
+        return text[text.rindex("(") + 1 : -1]
+    return text.rsplit("/", 1)[-1]
+
+
+def _spread(labels: np.ndarray, count: int) -> np.ndarray:
+    """Choose ``count`` rows: the first of every class in turn, classes evenly spaced; evenly spaced rows where there are no classes."""
+    first = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels[labels >= 0])]
+    pool = first if len(first) >= count else list(range(len(labels)))
+    return np.array([pool[i] for i in np.linspace(0, len(pool) - 1, min(count, len(pool))).round().astype(int)])

@@ -1,0 +1,392 @@
+"""``report.html``: one self-contained file that shows a run - no network, no further files, no GPU needed to turn the clouds."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import platform
+import time
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import geossl
+from geossl.data.files import atomic_write
+from geossl.errors import DataError
+from geossl.evaluation.summary import BAR, rows_of, verdict
+from geossl.vis.layout import layout_2d, neighbors
+
+# Tableau's twenty colours; neighbours in this order are easy to tell apart.
+PALETTE = (
+    *("#4e79a7", "#17a2b0", "#b07aa1", "#e15759", "#79706e", "#edc948", "#ff9da7", "#59a14f", "#d37295", "#9c755f"),
+    *("#f28e2b", "#86bcb6", "#b6992d", "#a0cbe8", "#8cd17d", "#499894", "#d4a6c8", "#ffbe7d", "#d7b5a6", "#f1ce63"),
+)
+TITLES = {
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "samples_per_s": "Samples per second",
+    "data_wait": "Waiting for data",
+    "ema_decay": "EMA decay",
+    "memory_gb": "Memory, GB",
+}
+BASELINE_TITLES = {
+    "majority": "Majority class",
+    "shape_histogram": "Shape histogram",
+    "random_uncalibrated": "Random encoder, raw",
+    "random": "Random encoder, calibrated",
+    "encoder": "This encoder",
+}
+NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall")
+MOST_STEPS = 1500
+SHELVES = 5
+
+
+def write_report(run_folder: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` into a run folder from what is in it.
+
+    Args:
+        run_folder: Holds ``metrics.jsonl`` and ``config.yaml``; ``report/`` (see :func:`geossl.vis.save_report_data`) and ``export/``
+            are used as far as they are there. A panel without data says what is missing.
+
+    Returns:
+        Path of the report. The file is there whole or not at all.
+
+    Raises:
+        DataError: the folder is not a run folder, or a file in it is damaged.
+    """
+    run = Path(run_folder)
+    if not (run / "metrics.jsonl").is_file() and not (run / "config.yaml").is_file():
+        raise DataError(f"{run}: not a run folder: neither metrics.jsonl nor config.yaml is in it")
+    config_text = (run / "config.yaml").read_text() if (run / "config.yaml").is_file() else ""
+    config = yaml.safe_load(config_text) or {}
+    steps, columns, probed = read_metrics(run / "metrics.jsonl")
+    summary = _read_json(run / "report" / "probes.json")
+    embedding = _read_arrays(run / "report" / "embedding.npz")
+    shown, shelf = _embedding_panel(embedding)
+    pictures, error_scale = _picture_panel(_read_arrays(run / "report" / "pictures.npz"))
+    data = {
+        "header": _header(run, config, steps, columns, probed, summary),
+        "metrics": {"step": steps, "columns": columns, "titles": TITLES},
+        "curve": _probe_curve(probed, summary),
+        "pictures": pictures,
+        "error_scale": error_scale,
+        "map": shown,
+        "retrieval": shelf,
+        "probes": _probe_panel(summary),
+        "classes": [str(name) for name in embedding["classes"]] if embedding else (summary or {}).get("classes", []),
+        "palette": PALETTE,
+        "config": config_text,
+        "environment": _environment(run),
+    }
+    path = run / "report.html"
+    text = _assemble(f"{data['header']['title']} - geossl", data)
+    atomic_write(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float | None]], dict[str, list[Any]]]:
+    """Read ``metrics.jsonl``.
+
+    A row written twice (after a resume) counts once, the later one; a line cut off by a kill is left out; long runs are thinned.
+
+    Returns:
+        Steps, one column per number of the training rows (None where a row lacks it), and the ``probe/`` numbers with their own
+        ``step`` list.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.setdefault(row["step"], {}).update(
+                {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            )
+    ordered = [rows[step] for step in sorted(rows)]
+    probed = [row for row in ordered if any(key.startswith("probe/") for key in row)]
+    training = [row for row in ordered if "loss" in row]
+    training = training[:: -(-len(training) // MOST_STEPS) or 1]
+    names = sorted({key for row in training for key in row if not key.startswith("probe/") and key not in NOT_CURVES}, key=_curve_order)
+    columns = {name: [_finite(row.get(name)) for row in training] for name in names}
+    curves: dict[str, list[Any]] = {"step": [int(row["step"]) for row in probed]}
+    for key in sorted({key for row in probed for key in row if key.startswith("probe/")}):
+        curves[key.removeprefix("probe/")] = [_finite(row.get(key)) for row in probed]
+    return [int(row["step"]) for row in training], columns, curves
+
+
+def _curve_order(name: str) -> tuple[int, str]:
+    order = ("loss", *TITLES)
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(f"{value:.6g}") if value is not None and np.isfinite(value) else None
+
+
+def _probe_curve(probed: dict[str, list[Any]], summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    if "svm" not in probed:
+        return None
+    colors = {"random": "var(--bad)", "shape_histogram": "var(--soft)"}
+    short = {"random": "random", "shape_histogram": "hand-made"}
+    baselines = []
+    for name in short if summary else ():
+        score = next((score for score in summary["baselines"].get(name, []) if score["probe"] == "svm"), None)  # type: ignore[index]
+        if score:
+            baselines.append({"name": short[name], "value": score["mean"], "color": colors[name]})
+    return {
+        "title": "linear SVM on frozen features",
+        "step": probed["step"],
+        "mean": probed["svm"],
+        "std": [value or 0.0 for value in probed.get("svm_std", [0.0] * len(probed["svm"]))],
+        "official": probed.get("svm_official"),
+        "baselines": baselines,
+    }
+
+
+def _header(
+    run: Path, config: dict[str, Any], steps: list[int], columns: dict[str, Any], probed: dict[str, Any], summary: dict[str, Any] | None
+) -> dict[str, Any]:
+    def name(section: str) -> str:
+        value = config.get(section)
+        return str(value.get("name", "")) if isinstance(value, dict) else str(value or "")
+
+    tiles: list[dict[str, str]] = []
+    said: list[dict[str, str]] = []
+    result = verdict(summary) if summary else None
+    if summary and result:
+        mean, lead, deviation = result
+        bar = mean - lead
+        tiles.append({"label": "Probe, linear SVM", "value": f"{100 * mean:.1f} %", "note": f"± {100 * deviation:.1f} over resplits"})
+        tiles.append({"label": "Random encoder, calibrated", "value": f"{100 * bar:.1f} %", "note": "the bar to beat"})
+        clear = abs(lead) > deviation
+        said = [
+            {"text": "A linear SVM on its frozen features reaches ", "style": ""},
+            {"text": f"{100 * mean:.1f} %", "style": "b"},
+            {"text": ", ", "style": ""},
+            {"text": f"{abs(100 * lead):.1f} points {'above' if lead >= 0 else 'below'}", "style": "up" if lead >= 0 else "down"},
+            {"text": " the same encoder before training" + ("." if clear else ", within the spread of the resplits."), "style": ""},
+        ]
+    elif steps:
+        said = [{"text": "No probe has been run on its features yet.", "style": ""}]
+    if columns.get("loss"):
+        tail = [value for value in columns["loss"][-max(1, len(columns["loss"]) // 20) :] if value is not None]
+        first = next((value for value in columns["loss"] if value is not None), None)
+        if tail and first is not None:
+            tiles.append({"label": "Loss", "value": f"{np.mean(tail):.3g}", "note": f"from {first:.3g}"})
+    if steps:
+        tiles.append({"label": "Steps", "value": f"{steps[-1]:,}", "note": _batch_note(config)})
+    if columns.get("samples_per_s"):
+        rate = np.median([value for value in columns["samples_per_s"] if value is not None] or [0])
+        tiles.append({"label": "Samples per second", "value": f"{rate:.3g}", "note": "median"})
+    parameters = _parameters(run / "export" / "model.safetensors")
+    if parameters:
+        tiles.append({"label": "Encoder parameters", "value": f"{parameters / 1e6:.2f} M", "note": name("backbone")})
+    pieces = [part for part in (name("backbone"), name("data"), run.resolve().name) if part]
+    return {
+        "eyebrow": " · ".join(pieces),
+        "title": f"{_titled(name('method'))} on {name('data')}" if name("method") and name("data") else run.resolve().name,
+        "verdict": said,
+        "tiles": tiles,
+        "footer": f"Written by geossl {geossl.__version__} on {time.strftime('%Y-%m-%d %H:%M')}. One file, no network needed.",
+    }
+
+
+def _titled(method: str) -> str:
+    known = {"point_mae": "Point-MAE", "point_m2ae": "Point-M2AE", "i2p_mae": "I2P-MAE", "polar_mae": "PoLAr-MAE"}
+    return {**known, "nerf_mae": "NeRF-MAE", "croco": "CroCo", "gaussian2scene": "Gaussian2Scene"}.get(method, method)
+
+
+def _batch_note(config: dict[str, Any]) -> str:
+    for section in ("train", "data", "loader"):
+        value = config.get(section)
+        if isinstance(value, dict) and "batch_size" in value:
+            return f"of {value['batch_size']} objects"
+    return ""
+
+
+def _parameters(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
+    return sum(int(np.prod(shape)) for key, shape in shapes.items() if "running_" not in key and "num_batches" not in key)
+
+
+def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str, Any]], float]:
+    """Bring every object into the unit sphere of its input and measure how far predictions are from it."""
+    if arrays is None:
+        return [], 1.0
+    from scipy.spatial import cKDTree
+
+    found, errors = [], []
+    for number, name in enumerate(arrays["names"]):
+        clouds = {key: arrays[f"{key}_{number}"] for key in ("input", "visible", "reconstruction")}
+        center = (clouds["input"].max(0) + clouds["input"].min(0)) / 2
+        size = max(float(np.linalg.norm(clouds["input"] - center, axis=1).max()), 1e-9)
+        clouds = {key: ((cloud - center) / size)[: 2048 if key == "input" else None] for key, cloud in clouds.items()}
+        tree = cKDTree(clouds["input"])
+        shown = np.isfinite(clouds["reconstruction"]).all(1)
+        clouds["reconstruction"] = clouds["reconstruction"][shown]
+        errors.append(tree.query(clouds["reconstruction"])[0] if len(clouds["reconstruction"]) else np.zeros(0))
+        covered = tree.query(clouds["visible"], distance_upper_bound=1e-3)[1] if len(clouds["visible"]) else np.zeros(0, int)
+        share = len(np.unique(covered[covered < tree.n])) / max(tree.n, 1)
+        found.append(
+            {
+                "name": str(name),
+                "visible_share": share,
+                **{key: _packed(np.unique(c, axis=0) if key == "visible" else c) for key, c in clouds.items()},
+            }
+        )
+    scale = float(np.quantile(np.concatenate(errors), 0.97)) if errors and sum(map(len, errors)) else 1.0
+    for picture, error in zip(found, errors, strict=True):
+        picture["mean_error"] = float(error.mean()) if len(error) else 0.0
+        picture["error"] = _base64(np.round(255 * np.clip(error / max(scale, 1e-9), 0, 1)).astype(np.uint8))
+    return found, scale
+
+
+def _packed(cloud: np.ndarray) -> str:
+    return _base64(np.round(np.clip(cloud, -1.99, 1.99) * 16384).astype("<i2"))
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def _embedding_panel(arrays: dict[str, np.ndarray] | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Lay the embeddings out, and find the neighbours of every object."""
+    if arrays is None:
+        return None, {"rows": []}
+    features, labels, test = arrays["features"], arrays["labels"], arrays["test"]
+    maps = layout_2d(features)
+    found, similarity = neighbors(features, arrays["groups"], SHELVES)
+    asked = np.flatnonzero(test) if test.any() else np.arange(len(labels))
+    firsts = [int(asked[labels[asked] == label][0]) for label in np.unique(labels[asked])]
+    valid = found[asked] >= 0
+    same = (labels[found[asked]] == labels[asked, None]) & valid
+    share = np.bincount(labels) / len(labels)
+    panel = {
+        "labels": labels.tolist(),
+        "test": test.astype(int).tolist(),
+        "names": [str(name) for name in arrays["names"]],
+        "dimensions": int(features.shape[1]),
+        **{key: np.round(value, 4).tolist() for key, value in maps.items()},
+        "nearest": [[int(j) for j in row[:5] if j >= 0] for row in found],
+        "thumb_points": int(arrays["thumbs"].shape[1]),
+        "thumbs": _base64(arrays["thumbs"]),
+        "thumb_colors": _base64(arrays["thumb_colors"]) if "thumb_colors" in arrays else None,
+    }
+    rows = [
+        {
+            "query": i,
+            "found": [int(j) for j in found[i] if j >= 0],
+            "similarity": [round(float(s), 4) for s in similarity[i][found[i] >= 0]],
+        }
+        for i in firsts
+    ]
+    return panel, {
+        "rows": rows,
+        "k": SHELVES,
+        "count": len(asked),
+        "from": "test part" if test.any() else "data set",
+        "precision": float(same.sum() / max(valid.sum(), 1)),
+        "chance": float(share[labels[asked]].mean()),
+    }
+
+
+def _probe_panel(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    if summary is None:
+        return None
+    probes = list(summary["protocol"]["probes"])
+    keep = ("mean", "std", "official")
+    rows = [
+        {
+            "name": BASELINE_TITLES.get(row["name"], row["name"]),
+            "about": row["about"] + (" - the bar to beat" if row["name"] == BAR else ""),
+            "own": row["own"],
+            "cells": [{key: cell[key] for key in keep} if cell else None for cell in row["cells"]],
+        }
+        for row in rows_of(summary)
+    ]
+    titles = {"knn": "k-NN", "linear": "Logistic regression", "svm": "Linear SVM", "svm_cv": "Linear SVM, tuned"}
+    fixed = summary["protocol"]
+    about = {
+        "knn": f"{fixed['neighbors']} neighbours, cosine",
+        "linear": f"C = {fixed['linear_c']:g}",
+        "svm": f"C = {fixed['svm_c']:g}",
+        "svm_cv": "C chosen inside the training part",
+    }
+    shown = next((score for score in summary["scores"] if score["probe"] == "svm"), summary["scores"][0])
+    part = "official test part" if shown["official"] is not None else "all resplits"
+    return {
+        "protocol": "Encoder in evaluation mode, features standardised on the training part, nothing chosen on a test part.",
+        "resplits": len(summary["protocol"]["resplit_seeds"]),
+        "columns": [{"name": titles.get(name, name), "about": about.get(name, "")} for name in probes],
+        "rows": rows,
+        "confusion": {"counts": shown["confusion"], "recall": shown["per_class"], "title": f"{titles.get(shown['probe'])}, {part}"},
+    }
+
+
+def _environment(run: Path) -> list[tuple[str, str]]:
+    """Versions and hardware, as the report is written."""
+    import torch
+
+    from geossl import native_info
+
+    facts = [("geossl", geossl.__version__), ("Python", platform.python_version())]
+    for package in ("torch", "numpy", "scikit-learn", "scipy", "safetensors"):
+        facts.append((package, metadata.version(package)))
+    facts.append(("Native operators", str(native_info())))
+    facts.append(("System", f"{platform.system()} {platform.release()}, {platform.machine()}"))
+    facts.append(("Processor", _processor()))
+    facts.append(("Threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
+    if torch.cuda.is_available():
+        facts.append(("GPU", f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"))
+    checkpoints = sorted(path.name for path in (run / "checkpoints").glob("step_*")) if (run / "checkpoints").is_dir() else []
+    if checkpoints:
+        facts.append(("Checkpoints", ", ".join(checkpoints[-3:])))
+    return facts
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: damaged ({error}); delete it, or write it anew with tools/evaluate.py") from error
+    return dict(value)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: damaged or truncated ({error}); delete it to write the report without this panel") from error
+
+
+def _assemble(title: str, data: dict[str, Any]) -> str:
+    """Put style, scripts and data into the page. Data cannot break out of its element: every "<" in it is escaped."""
+    folder = resources.files("geossl.vis") / "templates"
+    page = (folder / "report.html").read_text()
+    script = "\n".join((folder / name).read_text() for name in ("points.js", "charts.js", "panels.js"))
+    payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page = page.replace("/*TITLE*/", html.escape(title)).replace("/*STYLE*/", (folder / "report.css").read_text())
+    return page.replace("/*SCRIPT*/", script).replace("/*DATA*/", payload)
