@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Run one program and return its exit code; 2 for an error of the user's, 130 when interrupted."""
+    """Run one program and return its exit code; 2 for an error raised on purpose, 130 when interrupted."""
     debug = os.environ.get("GEOSSL_DEBUG", "0") not in ("", "0")
     try:
         if command not in COMMANDS:
@@ -45,6 +45,9 @@ def run(command: str, argv: list[str]) -> int:
             traceback.print_exc()
         print(f"geossl {command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `geossl ... | head`: the reader has gone, and what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def main(argv: list[str] | None = None) -> int:
