@@ -1,0 +1,54 @@
+"""Turn an official checkpoint into a backbone folder: ``python tools/convert_checkpoint.py IN OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from geossl.errors import CheckpointError, ConfigError
+from geossl.methods import REFERENCES, load_reference
+from geossl.models import save_backbone
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="geossl convert",
+        description="Read an official checkpoint, without executing anything it contains, and write its encoder as "
+        "model.safetensors and config.json, which geossl.load and every geossl program read.",
+    )
+    parser.add_argument("source", type=Path, metavar="IN", help="the official file (.pth, .pt, .safetensors)")
+    parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write; made if missing")
+    parser.add_argument("--system", default="point_mae", help=f"which system published it: {', '.join(REFERENCES)} (default: %(default)s)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="YAML",
+        help="the published configuration file, for files trained with other than the released numbers (its `model` section is read)",
+    )
+    args = parser.parse_args(argv)
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise CheckpointError(f"{args.folder} exists and is not an empty folder; name a new one")
+    model = load_reference(args.system, args.source, _read_config(args.config))
+    backbone = model.backbone
+    save_backbone(backbone, args.folder)  # type: ignore[arg-type]
+    count = sum(p.numel() for p in backbone.parameters())  # type: ignore[union-attr]
+    print(
+        f"{args.source}: {type(model).__name__} of system {args.system}; its encoder ({count / 1e6:.1f} M parameters) is in {args.folder}"
+    )
+    print(f"use it:  geossl.load({str(args.folder)!r})")
+    return 0
+
+
+def _read_config(path: Path | None) -> dict | None:
+    if path is None:
+        return None
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"--config {path} must hold a mapping, got {type(config).__name__}")
+    return config.get("model", config)

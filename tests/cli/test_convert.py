@@ -1,0 +1,58 @@
+"""``tools/convert_checkpoint.py`` from an official file to features."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+import geossl
+from geossl.cli import run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def official(golden_root, tmp_path) -> tuple[Path, Path, torch.Tensor]:
+    """An official-looking ``.pth`` and ``.yaml`` made of the golden weights, and the points of that case."""
+    with safe_open(golden_root / "i2p_mae" / "point_mae_tiny.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        config = json.loads(file.metadata()["config"])
+    state = {f"module.{k.removeprefix('state_dict.')}": v.float() for k, v in tensors.items() if k.startswith("state_dict.")}
+    torch.save({"base_model": state, "epoch": 300}, tmp_path / "pretrain.pth")
+    (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump({"model": config, "max_epoch": 300}))
+    return tmp_path / "pretrain.pth", tmp_path / "pretrain.yaml", tensors["points"].float()
+
+
+def test_the_written_folder_gives_the_same_features(official, tmp_path):
+    weights, config, points = official
+    out = tmp_path / "converted"
+    program = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", weights, out, "--config", config]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert f"geossl.load({str(out)!r})" in done.stdout
+    model = geossl.load_reference("point_mae", weights, yaml.safe_load(config.read_text())["model"])
+    assert torch.equal(geossl.load(out)(points).feats, model.backbone(points).feats)
+
+
+def test_errors_are_one_line_and_write_nothing(official, tmp_path, capsys):
+    weights, config, _ = official
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("keep me")
+    for arguments, message in (
+        ([weights, tmp_path / "full"], "is not an empty folder"),
+        ([tmp_path / "none.pth", tmp_path / "out"], "none.pth cannot be read"),
+        ([weights, tmp_path / "out", "--system", "pointmae"], "did you mean 'point_mae'"),
+        ([weights, tmp_path / "out", "--config", tmp_path / "none.yaml"], "none.yaml cannot be read as YAML"),
+    ):
+        assert run("convert", [str(a) for a in arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert config.exists()

@@ -1,0 +1,95 @@
+"""Official checkpoints are found under their usual keys, and no pickle is ever executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import geossl
+from geossl.errors import CheckpointError, UnknownNameError
+from geossl.models.checkpoints import read_reference_state, read_torch_file
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    torch.save({"base_model": {"w": torch.ones(1)}, "metrics": Bomb(tmp_path / "ran")}, tmp_path / "bad.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    for name in ("bad.pth", "plain.pth"):
+        with pytest.raises(CheckpointError, match=f"{name}.*would run code when read; it was not opened"):
+            geossl.load_reference("point_mae", tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_numpy_scalars_that_training_scripts_store_are_read(tmp_path):
+    torch.save({"model": {"w": torch.ones(1)}, "best": np.float64(0.5), "epoch": np.int64(3), "ok": np.bool_(True)}, tmp_path / "a.pth")
+    assert read_torch_file(tmp_path / "a.pth")["best"] == 0.5
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"base_model": s}, lambda s: {"model": s}, lambda s: {"state_dict": s}])
+def test_weights_are_found_and_data_parallel_prefixes_stripped(wrap):
+    state = read_reference_state(wrap({"module.a.weight": torch.ones(2, dtype=torch.float16), "module.n": torch.tensor(3)}))
+    assert list(state) == ["a.weight", "n"]
+    assert state["a.weight"].dtype == torch.float32
+    assert state["n"].dtype == torch.int64
+
+
+def test_what_is_not_a_checkpoint_is_named(tmp_path):
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(CheckpointError, match=r"cut\.pth cannot be read as a torch file"):
+        geossl.load_reference("point_mae", tmp_path / "cut.pth")
+    with pytest.raises(CheckpointError, match=r"missing.pth cannot be read as a torch file \(missing"):
+        geossl.load_reference("point_mae", tmp_path / "missing.pth")
+    with pytest.raises(CheckpointError, match=r"holds no weights.*found \['epoch'\]"):
+        read_reference_state({"epoch": 3})
+    with pytest.raises(CheckpointError, match=r"not a Point-MAE pretraining checkpoint: expected MAE_encoder"):
+        geossl.load_reference("point_mae", {"fc.weight": torch.ones(2, 2)})
+    with pytest.raises(UnknownNameError, match="did you mean 'point_mae'"):
+        geossl.load_reference("point_ma", tmp_path)
+
+
+def test_extra_and_missing_weights_are_listed(tmp_path):
+    method = geossl.methods.METHODS.config("point_mae").build(geossl.create_backbone("point_vit_tiny", dim=24, depth=1, heads=6))
+    state = published_names(method)
+    assert torch.equal(geossl.load_reference("point_mae", state).mask_token, method.mask_token)
+    torch.save({"base_model": {f"module.{k}": v for k, v in state.items()}, "epoch": 300}, tmp_path / "ok.pth")
+    assert geossl.load_reference("point_mae", tmp_path / "ok.pth").backbone.config.min_sq_norm == 1e-3
+    del state["MAE_decoder.norm.bias"]
+    state["MAE_encoder.surprise"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match=r"(?s)missing \(1\): decoder_norm.bias.*unexpected \(1\): MAE_encoder.surprise"):
+        geossl.load_reference("point_mae", state)
+
+
+def published_names(method) -> dict[str, torch.Tensor]:
+    """Name the weights of a method as the published code does."""
+    table = [
+        ("backbone.embed.conv1.", "MAE_encoder.encoder.first_conv.0."),
+        ("backbone.embed.norm1.", "MAE_encoder.encoder.first_conv.1."),
+        ("backbone.embed.conv2.", "MAE_encoder.encoder.first_conv.3."),
+        ("backbone.embed.conv3.", "MAE_encoder.encoder.second_conv.0."),
+        ("backbone.embed.norm2.", "MAE_encoder.encoder.second_conv.1."),
+        ("backbone.embed.conv4.", "MAE_encoder.encoder.second_conv.3."),
+        ("backbone.position.", "MAE_encoder.pos_embed."),
+        ("backbone.", "MAE_encoder."),
+        ("decoder_position.", "decoder_pos_embed."),
+        ("decoder.", "MAE_decoder."),
+        ("decoder_norm.", "MAE_decoder.norm."),
+        ("head.", "increase_dim.0."),
+    ]
+    state = {}
+    for name, value in method.state_dict().items():
+        old, new = next(((old, new) for old, new in table if name.startswith(old)), ("", ""))
+        if ("conv" in name and name.endswith("weight")) or name == "head.weight":
+            value = value[..., None]
+        state[new + name.removeprefix(old)] = value.view(1, 1, -1) if name == "mask_token" else value
+    return state
