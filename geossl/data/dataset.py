@@ -54,11 +54,12 @@ class PointDataset:
         config: The fields above.
         labels: Class of each cloud, ``[n]``, -1 where unlabelled.
         classes: Names of the classes.
-        groups: Near-duplicate group of each cloud, ``[n]``; a resplit keeps a group on one side. None: every cloud is its own.
+        groups: Near-duplicate group of each cloud, ``[n]``; a resplit keeps a group on one side; -1 has no
+            duplicate. None: none has.
 
     Attributes:
         labels: ``[n]`` int64.
-        groups: ``[n]`` int64.
+        groups: ``[n]`` int64, numbered across the parts of a data set; -1 where a cloud has no near-duplicate.
         classes: Class names; ``labels`` index them.
         columns: What the columns of a sample are, three each: ``("xyz", "normal", "rgb")`` or fewer.
     """
@@ -66,7 +67,7 @@ class PointDataset:
     def __init__(self, config: PointDataConfig, labels: np.ndarray, classes: list[str], groups: np.ndarray | None = None) -> None:
         self.config = config
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.groups = np.arange(len(self.labels)) if groups is None else np.asarray(groups, dtype=np.int64)
+        self.groups = np.full(len(self.labels), -1) if groups is None else np.asarray(groups, dtype=np.int64)
         self.classes = list(classes)
         self.columns = COLUMN_NAMES[config.columns]
 
