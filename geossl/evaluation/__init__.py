@@ -7,6 +7,7 @@ a training).
 
 from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_twin
 from geossl.evaluation.descriptors import shape_descriptor
+from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
 from geossl.evaluation.prober import Prober, quick_probe
 from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore, probe
@@ -14,12 +15,14 @@ from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore
 __all__ = [
     "BASELINES",
     "PROBES",
+    "ExtractedFeatures",
     "Features",
     "ProbeProtocol",
     "ProbeScore",
     "Prober",
     "calibrate_batchnorm",
     "embed",
+    "extract_features",
     "pool_tokens",
     "probe",
     "quick_probe",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from geossl import ops
 from geossl.data import DATASETS, read_points
 from geossl.data.files import atomic_write
+from geossl.data.folder import FileOptions, find_files
 from geossl.data.sample import Columns
 from geossl.errors import DataError
 from geossl.evaluation.features import Pooling, device_of, frozen, pack, pool_tokens, read_tokens
@@ -64,7 +65,7 @@ class ExtractedFeatures:
         The file is there whole or not at all.
         """
         path = Path(path)
-        arrays = {"coord": self.coord.numpy(), "offsets": self.offsets.numpy(), "feats": self.feats.numpy()}
+        arrays: dict[str, Any] = {"coord": self.coord.numpy(), "offsets": self.offsets.numpy(), "feats": self.feats.numpy()}
         if path.suffix == ".npz":
             atomic_write(path, lambda file: np.savez(file, **arrays, names=np.array(self.names), output=np.array(self.output)))
         elif path.suffix == ".safetensors":
@@ -95,7 +96,8 @@ def extract_features(
         model: A backbone, a pretraining method (its backbone is taken), a run or export folder, or a hub id (see
             :func:`geossl.load`).
         source: What to describe. ``[N, 3 + C]`` or ``[B, N, 3 + C]`` tensor or array; :class:`~geossl.geometry.PackedPoints`; a
-            point cloud or mesh file; a folder of such files (searched below, too); a data set, or the name of one ("objects", "objects:test").
+            point cloud or mesh file; a folder of such files (and of folders of them); a data set, or the name of one ("objects",
+            "objects:test").
         output: "points": a feature for every point, interpolated from the three nearest tokens with inverse squared distances
             (PointNet++, Qi et al., NIPS 2017); "tokens": the tokens at their centres; "global": one vector per cloud.
         layers: Blocks to read; None for the normed last block, a list (or the last so many) for several side by side.
@@ -241,13 +243,10 @@ def _read(source: Any, in_channels: int, columns: Columns | None) -> Iterator[tu
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
-            if not files:
-                raise DataError(f"{path}: no point cloud or mesh below this folder; looked for {', '.join(SUFFIXES)}")
-            for file in files:
-                yield str(file.relative_to(path)), read_points(file).stack(_columns(in_channels, columns), str(file))
+            for name in find_files(path, FileOptions()).names:
+                yield name, read_points(path / name).only(_columns(in_channels, columns), str(path / name)).stack()
         elif path.exists():
-            yield path.name, read_points(path).stack(_columns(in_channels, columns), str(path))
+            yield path.name, read_points(path).only(_columns(in_channels, columns), str(path)).stack()
         else:
             yield from _read(_named_dataset(str(source), _columns(in_channels, columns)), in_channels, columns)
     elif isinstance(source, PackedPoints):

@@ -44,7 +44,7 @@ def save_report_data(
     if hasattr(module, "pictures"):
         _save_pictures(folder / "pictures.npz", module, dataset, pictures, seed)
     if prober is not None:
-        backbone = getattr(module, "backbone", module)
+        backbone: Any = getattr(module, "backbone", module)
         features = prober.features(backbone)
         summary = summarise(
             probe(features, prober.protocol),
@@ -69,7 +69,7 @@ def _save_pictures(path: Path, module: Any, dataset: Any, count: int, seed: int)
     device = device_of(module)
     with frozen(module):
         made = module.pictures(collate(samples).to(device), generator=torch.Generator(device).manual_seed(seed))
-    arrays: dict[str, np.ndarray] = {"names": np.array([cloud_name(dataset, int(row)) for row in rows])}
+    arrays: dict[str, Any] = {"names": np.array([cloud_name(dataset, int(row)) for row in rows])}
     for number, picture in enumerate(made):
         for key in ("input", "visible", "reconstruction"):
             arrays[f"{key}_{number}"] = np.asarray(picture[key], np.float32)
@@ -89,7 +89,7 @@ def _save_embedding(path: Path, prober: Prober, features: Any) -> None:
     clouds = np.stack(thumbs)
     clouds = clouds - (clouds.max(1, keepdims=True) + clouds.min(1, keepdims=True)) / 2
     clouds = clouds / np.linalg.norm(clouds, axis=2).max(1)[:, None, None].clip(1e-9)
-    arrays = {
+    arrays: dict[str, Any] = {
         "features": features.values.astype(np.float32),
         "labels": features.labels,
         "groups": features.groups,

@@ -22,6 +22,8 @@ def layout_2d(features: np.ndarray) -> dict[str, np.ndarray]:
     from sklearn.manifold import TSNE
 
     values = standardised(features)
+    if len(values) < 2:
+        return {"pca": np.zeros((len(values), 2)), "tsne": np.zeros((len(values), 2))}
     rank = min(50, *values.shape)
     reduced = PCA(rank, random_state=0).fit_transform(values)
     flat = np.pad(reduced[:, :2], ((0, 0), (0, max(0, 2 - rank))))

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 import geossl
-from geossl.data.files import atomic_write
+from geossl.data.files import atomic_write, read_npz
 from geossl.errors import DataError
 from geossl.evaluation.summary import BAR, rows_of, verdict
 from geossl.vis.layout import layout_2d, neighbors
@@ -69,7 +69,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     embedding = _read_arrays(run / "report" / "embedding.npz")
     shown, shelf = _embedding_panel(embedding)
     pictures, error_scale = _picture_panel(_read_arrays(run / "report" / "pictures.npz"))
-    data = {
+    data: dict[str, Any] = {
         "header": _header(run, config, steps, columns, probed, summary),
         "metrics": {"step": steps, "columns": columns, "titles": TITLES},
         "curve": _probe_curve(probed, summary),
@@ -338,12 +338,16 @@ def _environment(run: Path) -> list[tuple[str, str]]:
     """Versions and hardware, as the report is written."""
     import torch
 
-    from geossl import native_info
+    from geossl.ops import native_info
 
     facts = [("geossl", geossl.__version__), ("Python", platform.python_version())]
     for package in ("torch", "numpy", "scikit-learn", "scipy", "safetensors"):
         facts.append((package, metadata.version(package)))
-    facts.append(("Native operators", str(native_info())))
+    for kind, library in native_info().items():
+        details = library.get("simd") or ", ".join(library.get("archs", []))
+        facts.append(
+            (f"Native operators, {kind}", f"loaded, {details}" if library["loaded"] else "not loaded: plain torch is used instead")
+        )
     facts.append(("System", f"{platform.system()} {platform.release()}, {platform.machine()}"))
     facts.append(("Processor", _processor()))
     facts.append(("Threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
@@ -373,13 +377,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: damaged or truncated ({error}); delete it to write the report without this panel") from error
+    return read_npz(path) if path.is_file() else None
 
 
 def _assemble(title: str, data: dict[str, Any]) -> str:

@@ -47,6 +47,9 @@ class Shapes:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def source(self, row: int) -> str:
+        return f"shapes[{row}]"
+
     def get(self, row: int, rng: np.random.Generator | None) -> SimpleNamespace:
         self.asked.append(rng)
         return SimpleNamespace(points=self.points[row], label=int(self.labels[row]), index=row)

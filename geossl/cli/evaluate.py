@@ -1,0 +1,167 @@
+"""``geossl evaluate``: probe a pretrained backbone, honest baselines beside every number.
+
+    evaluate.py MODEL [CONFIG.yaml] [--data.name objects] [--layers 3 5] [--per-class] [--out scores.json]
+
+MODEL is a run folder, an export folder, a hub id or the registered name of a backbone (then with random weights). Without flags for
+the data, a run folder is probed on the data set it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from geossl.config import load_config, read_yaml, registry_field, require, split_arguments
+from geossl.data import DATASETS
+from geossl.data.files import atomic_write
+from geossl.data.sample import COLUMN_NAMES, Columns
+from geossl.errors import ConfigError, DataError
+from geossl.evaluation import PROBES, ProbeProtocol, Prober
+from geossl.evaluation.summary import class_table, confusion_table, summarise, table_of, verdict
+
+# What a run says about its data that a probe of it needs, too.
+_RUN_DATA_KEYS = ("name", "root", "points", "columns", "normalize")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Probe a pretrained backbone (k-NN, logistic regression, linear SVM) beside honest baselines."""
+
+    data: Any = registry_field(DATASETS, default="objects")  # noqa: RUF009 - makes a dataclass field
+    """Labelled data set to probe on."""
+    official: bool = True
+    """Score the data set's own train/test split, too. Switch off for data without a test part: then all of ``train`` is resplit."""
+    probes: tuple[str, ...] = tuple(PROBES)
+    """Which probes: knn, linear, svm (fixed C), svm_cv (C by cross-validation inside the training part)."""
+    resplits: int = 5
+    """Group-aware resplits, seeds 0 to resplits - 1."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose normed outputs are read, side by side (negative counts from the end); none given: the last."""
+    pooling: Literal["mean_max", "mean", "max"] = "mean_max"
+    """How the tokens of an object become one vector."""
+    batch_size: int = 32
+    """Objects per forward pass."""
+    seed: int = 0
+    """Initialisation of the random baselines."""
+    per_class: bool = False
+    """Also print the recall of every class."""
+    confusion: bool = False
+    """Also print the confusion matrix."""
+    out: Path | None = None
+    """JSON file to write; default: ``evaluation_<data>.json`` in the model's folder, or here."""
+
+    def __post_init__(self) -> None:
+        require(self.resplits >= 1, "resplits", "must be at least 1", self.resplits)
+        require(self.batch_size >= 1, "batch_size", "must be at least 1", self.batch_size)
+        require(len(self.probes) > 0, "probes", f"must name at least one of {', '.join(PROBES)}", self.probes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    name, args = split_arguments(argv)
+    if name is None:
+        load_config(EvaluateConfig, None, args, prog="evaluate MODEL")  # prints --help, or names a wrong flag
+        raise ConfigError("evaluate: name a model first: a run or export folder, a hub id, or a registered backbone; see --help")
+    path, args = split_arguments(args)
+    if path is None and not any(flag.partition("=")[0] == "--data.name" for flag in args):
+        args = [*_data_of_run(Path(name)), *args]
+    config = load_config(EvaluateConfig, path, args, prog="evaluate MODEL")
+    backbone = load_model(name, config.data)
+    config.data = fitting_columns(config.data, int(backbone.in_channels))
+    summary = evaluate(name, backbone, config)
+    show(summary, config)
+    out = config.out or (Path(name) if Path(name).is_dir() else Path()) / f"evaluation_{config.data.name}.json"
+    atomic_write(out, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+    print(f"written to {out}")
+    return 0
+
+
+def evaluate(name: str, backbone: Any, config: EvaluateConfig) -> dict[str, Any]:
+    """Probe ``backbone`` and every baseline; returns the JSON object that is written."""
+    protocol = ProbeProtocol(probes=config.probes, resplit_seeds=tuple(range(config.resplits)))
+    train, test = config.data.build("train"), config.data.build("test") if config.official else None
+    layers = list(config.layers) or None
+    prober = Prober(train, test, protocol=protocol, layers=layers, pooling=config.pooling, batch_size=config.batch_size)
+    return summarise(
+        prober.probe(backbone),
+        prober.baselines(backbone, config.seed),
+        train.classes,
+        protocol,
+        model=name,
+        backbone=backbone.config.name,
+        data=config.data.name,
+        points=config.data.points,
+        columns=config.data.columns,
+        layers=layers,
+        pooling=config.pooling,
+    )
+
+
+def show(summary: dict[str, Any], config: EvaluateConfig) -> None:
+    """Print the tables and one line that says how far the encoder is from the bar."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table_of(summary))
+    shown = "svm" if "svm" in config.probes else config.probes[0]
+    if config.per_class:
+        console.print(class_table(summary, shown))
+    if config.confusion:
+        console.print(confusion_table(summary, shown))
+    result = verdict(summary, shown)
+    if result:
+        mean, lead, deviation = result
+        word = "above" if lead >= 0 else "below"
+        spread = "" if abs(lead) > deviation else ", within the spread of the resplits"
+        console.print(f"{shown}: {100 * mean:.1f} %, {abs(100 * lead):.1f} points {word} the calibrated random encoder{spread}")
+
+
+def load_model(name: str, data: Any) -> Any:
+    """Load the backbone at ``name``; a registered name (that is no folder) is created with random weights for the columns of ``data``."""
+    import torch
+
+    from geossl.models import create_backbone, list_backbones, load
+
+    if name in list_backbones() and not Path(name).exists():
+        torch.manual_seed(0)
+        print(f"{name}: a registered name, so the weights are random", file=sys.stderr)
+        return create_backbone(name, in_channels=_channels(data.columns)).eval()
+    return load(name)
+
+
+def fitting_columns(data: Any, in_channels: int) -> Any:
+    """Return ``data`` with the columns the backbone takes, where its ``in_channels`` leaves no doubt.
+
+    Raises:
+        DataError: the columns do not fit and could be several things.
+    """
+    if _channels(data.columns) == in_channels:
+        return data
+    columns = {3: "xyz", 9: "all"}.get(in_channels)
+    if columns is None:
+        raise DataError(
+            f"the backbone takes {in_channels} columns but data.columns={data.columns!r} gives {_channels(data.columns)}; "
+            "say which with --data.columns xyz+normal or xyz+rgb"
+        )
+    return replace(data, columns=columns)
+
+
+def _channels(columns: Columns) -> int:
+    return 3 * len(COLUMN_NAMES[columns])
+
+
+def _data_of_run(model: Path) -> list[str]:
+    """Return the data flags of the run that made ``model`` (a run folder or its export), or none."""
+    for path in (model / "config.yaml", model.parent / "config.yaml"):
+        if path.is_file() and (model / "export").is_dir() | (model.name == "export"):
+            section = read_yaml(path).get("data")
+            if not isinstance(section, dict) or section.get("name") not in DATASETS.names():
+                return []
+            known = {f.name for f in fields(DATASETS.config(section["name"]))}
+            kept = [(key, section[key]) for key in _RUN_DATA_KEYS if key in section and key in known]
+            return [text for key, value in kept for text in (f"--data.{key}", str(value))]
+    return []

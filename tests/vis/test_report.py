@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from geossl.errors import DataError
+from geossl.vis import write_report
+from geossl.vis.report import read_metrics
+
+
+def payload(html: str) -> dict:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    return json.loads(text)
+
+
+def test_report_is_one_file_that_names_nothing_outside(run):
+    path = write_report(run)
+    assert path == run / "report.html"
+    html = path.read_text()
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!#|data:)[^\"']+", html)
+    assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z0-9-]+\.[a-z]", html)
+    assert "default-src 'none'" in html
+    assert not list(run.glob(".*"))
+
+
+def test_payload_holds_every_panel(run):
+    data = payload(write_report(run).read_text())
+    assert data["header"]["title"] == "Point-MAE on objects"
+    assert data["metrics"]["step"] == list(range(1, 61))
+    assert list(data["metrics"]["columns"])[:2] == ["loss", "lr"]
+    assert data["curve"]["step"] == [20, 40, 60]
+    assert {line["name"] for line in data["curve"]["baselines"]} == {"random", "hand-made"}
+    picture = data["pictures"][0]
+    assert picture["name"] == "a plate"
+    assert picture["visible_share"] == pytest.approx(0.5, abs=0.02)
+    assert 0.01 < picture["mean_error"] < 0.1
+    assert len(data["map"]["tsne"]) == 36
+    assert len(data["retrieval"]["rows"]) == 3
+    assert data["retrieval"]["precision"] > data["retrieval"]["chance"]
+    assert [row["name"] for row in data["probes"]["rows"]][-1] == "This encoder"
+    assert data["probes"]["rows"][-1]["own"]
+    assert data["config"].startswith("method:")
+    assert dict(data["environment"])["geossl"]
+
+
+def test_verdict_states_the_lead_over_the_calibrated_random_encoder(run):
+    data = payload(write_report(run).read_text())
+    summary = json.loads((run / "report" / "probes.json").read_text())
+    own, bar = ({s["probe"]: s["mean"] for s in rows}["svm"] for rows in (summary["scores"], summary["baselines"]["random"]))
+    words = "".join(part["text"] for part in data["header"]["verdict"])
+    assert own > bar
+    assert f"{100 * (own - bar):.1f} points above" in words
+
+
+def test_hostile_names_stay_data(run):
+    html = write_report(run).read_text()
+    assert "</script> 3" not in html
+    assert payload(html)["map"]["names"][3] == "object </script> 3"
+
+
+def test_metrics_survive_kill_resume_and_nan(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        '{"step": 1, "loss": 3.0}',
+        '{"step": 2, "loss": 2.0}',
+        '{"step": 2, "loss": 2.5, "lr": 0.1}',
+        '{"step": 3, "loss": NaN}',
+        '{"step": 4, "lo',
+    ]
+    path.write_text("\n".join(rows))
+    steps, columns, probed = read_metrics(path)
+    assert steps == [1, 2, 3]
+    assert columns == {"loss": [3.0, 2.5, None], "lr": [None, 0.1, None]}
+    assert probed == {"step": []}
+
+
+def test_long_runs_are_thinned(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(json.dumps({"step": step, "loss": 1.0}) for step in range(5000)))
+    assert len(read_metrics(path)[0]) <= 1500
+
+
+def test_report_of_a_bare_run(run):
+    for name in ("probes.json", "embedding.npz", "pictures.npz"):
+        (run / "report" / name).unlink()
+    data = payload(write_report(run).read_text())
+    assert data["map"] is None
+    assert data["probes"] is None
+    assert data["pictures"] == []
+    assert data["metrics"]["step"]
+
+
+def test_predictions_that_are_not_finite_are_left_out(run):
+    path = run / "report" / "pictures.npz"
+    arrays = dict(np.load(path))
+    arrays["reconstruction_0"][3] = np.nan
+    np.savez(path, **arrays)
+    assert np.isfinite(payload(write_report(run).read_text())["pictures"][0]["mean_error"])
+
+
+def test_bad_folders_teach(run, tmp_path):
+    with pytest.raises(DataError, match="not a run folder"):
+        write_report(tmp_path / "nothing")
+    (run / "report" / "probes.json").write_text("{")
+    with pytest.raises(DataError, match=r"probes\.json: damaged"):
+        write_report(run)
+    (run / "report" / "probes.json").unlink()
+    broken = run / "report" / "embedding.npz"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(DataError, match=r"embedding\.npz: cannot be read"):
+        write_report(run)
+    assert not (run / "report.html").exists()
