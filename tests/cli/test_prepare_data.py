@@ -1,0 +1,138 @@
+"""``geossl prepare-data`` as a user runs it, and as a power failure ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+
+from geossl.cli import run
+from geossl.data import FileOptions, ShardOptions, ShardsConfig, build_loader, check_shards, write_shards
+from geossl.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def meshes(tmp_path: Path) -> Path:
+    """Folders ``ball`` and ``box`` with three meshes each."""
+    for number in range(3):
+        for name, mesh in (("ball", trimesh.creation.icosphere(1)), ("box", trimesh.creation.box((1, 1, 1 + number)))):
+            (tmp_path / "source" / name).mkdir(parents=True, exist_ok=True)
+            mesh.export(tmp_path / "source" / name / f"{number}.ply")
+    return tmp_path / "source"
+
+
+def test_a_folder_becomes_a_data_set(meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    flags = ["--source", str(meshes), "--out", str(out), "--points", "100", "--test_fraction", "0"]
+    assert run("prepare-data", ["folder", *flags]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "6 clouds in 1 shards, 2 classes" in printed
+    assert f"use it with: --data.name shards --data.root {out}" in printed
+    batch = next(build_loader(ShardsConfig(root=out, points=50).build("train"), 6, seed=0))
+    assert batch.points.lengths.tolist() == [50] * 6
+    assert sorted(batch.label.tolist()) == [0, 0, 0, 1, 1, 1]
+    assert run("prepare-data", ["check", "--source", str(out)]) == 0
+    assert "all 6 files have the checksums" in capsys.readouterr().out
+
+
+def test_left_out_files_are_counted(meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (meshes / "ball" / "9.ply").write_text("ply\n")
+    flags = ["folder", "--source", str(meshes), "--out", str(tmp_path / "out"), "--on_bad", "skip"]
+    assert run("prepare-data", flags) == 0
+    assert "warning: left out 1 files that could not be used; the first:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["folder", "--out", "x"], "--source is needed"),
+        (["folder", "--source", "nowhere", "--out", "x"], "nowhere: this folder does not exist"),
+        (["folder", "--sauce", "x"], "unknown flag '--sauce'; did you mean '--source'"),
+        (["folder", "--points", "1"], "points must be at least 2"),
+        (["folder", "--workers", "0"], "workers must be at least 1"),
+        (["foldr"], "unknown prepare-data command 'foldr'; did you mean 'folder'?"),
+        (["check", "--source", "/"], "index.json: this index of a shard set"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prepare-data", arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_help_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prepare-data", ["--help"]) == 0
+    assert "prepare_data.py folder --source" in capsys.readouterr().out
+    assert run("prepare-data", []) == 2
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.fixture
+def many_files(tmp_path: Path) -> Path:
+    source = tmp_path / "many"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(400):
+        np.save(source / f"{number:03d}.npy", rng.normal(size=(2000, 3)))
+    return source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_conversion_continues(workers: int, many_files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "folder", "--source", str(many_files), "--out", str(out)]
+    program += ["--points", "500", "--clouds_per_shard", "4", "--workers", str(workers)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(program, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        assert wait_for(lambda: (out / "shard_00004" / "shard.json").exists() or process.poll() is not None, 60)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert wait_for(lambda: group_is_gone(process.pid), 20), "workers outlived the killed program"
+
+    done = {path.name: path.stat().st_ino for path in out.glob("shard_*")}
+    assert 5 <= len(done) < 100
+    assert not json.loads((out / "index.json").read_text())["complete"]
+    with pytest.raises(DataError, match="interrupted; run the same prepare_data command again"):
+        ShardsConfig(root=out).build("all")
+
+    finished = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert "400 clouds in 100 shards" in " ".join(finished.stdout.split())
+    after = {path.name: path.stat().st_ino for path in out.glob("shard_*")}
+    assert len(after) == 100
+    assert {name: after[name] for name in done} == done, "finished shards were converted again"
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    assert check_shards(out) == 500
+    straight = write_shards(many_files, tmp_path / "straight", FileOptions(points=500), ShardOptions(clouds_per_shard=4))
+    assert straight == json.loads((out / "index.json").read_text())
