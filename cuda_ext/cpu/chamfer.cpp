@@ -1,0 +1,220 @@
+// Chamfer distance on the CPU: nearest points by comparing all pairs, 32 queries at a time, one in each vector lane.
+#include <algorithm>
+
+#include "points.h"
+
+namespace geossl {
+namespace {
+
+enum Norm { kSquared = 0, kEuclidean = 1, kManhattan = 2 };
+enum Direction { kBoth = 0, kFromX = 1, kFromY = 2 };
+
+constexpr int kTile = 32;
+
+// For `kTile` queries, the distance to the nearest of n points and its number (-1: none). NaN compares false, so invalid points never win.
+template <class T, bool kL1>
+GEOSSL_INLINE void nearest_loop(const T* GEOSSL_RESTRICT qx, const T* GEOSSL_RESTRICT qy, const T* GEOSSL_RESTRICT qz, const Soa<T>& p, int64_t n,
+                                T* GEOSSL_RESTRICT distance, Bits<T>* GEOSSL_RESTRICT index) {
+  T best[kTile];
+  Bits<T> number[kTile];
+  for (int l = 0; l < kTile; ++l) best[l] = std::numeric_limits<T>::infinity(), number[l] = -1;
+  for (int64_t j = 0; j < n; ++j) {
+    const T x = p.x[j], y = p.y[j], z = p.z[j];
+    for (int l = 0; l < kTile; ++l) {
+      const T dx = qx[l] - x, dy = qy[l] - y, dz = qz[l] - z;
+      const T d = kL1 ? (std::fabs(dx) + std::fabs(dy)) + std::fabs(dz) : squared(dx, dy, dz);
+      const bool closer = d < best[l];
+      best[l] = closer ? d : best[l];
+      number[l] = closer ? static_cast<Bits<T>>(j) : number[l];
+    }
+  }
+  for (int l = 0; l < kTile; ++l) distance[l] = best[l], index[l] = number[l];
+}
+GEOSSL_SIMD void nearest_tile(const float* qx, const float* qy, const float* qz, const Soa<float>& p, int64_t n, bool l1, float* distance,
+                              int32_t* index) {
+  if (l1) nearest_loop<float, true>(qx, qy, qz, p, n, distance, index);
+  else nearest_loop<float, false>(qx, qy, qz, p, n, distance, index);
+}
+GEOSSL_SIMD void nearest_tile(const double* qx, const double* qy, const double* qz, const Soa<double>& p, int64_t n, bool l1,
+                              double* distance, int64_t* index) {
+  if (l1) nearest_loop<double, true>(qx, qy, qz, p, n, distance, index);
+  else nearest_loop<double, false>(qx, qy, qz, p, n, distance, index);
+}
+
+// A cloud as three arrays whose length is rounded up to whole tiles; the rest are copies of NaN.
+template <class T>
+class Cloud {
+ public:
+  void load(const T* points, int64_t n) {
+    const int64_t padded = (n + kTile - 1) / kTile * kTile;
+    soa = {x_.get(padded), y_.get(padded), z_.get(padded)};
+    size = n;
+    for (int64_t i = 0; i < n; ++i) soa.x[i] = points[3 * i], soa.y[i] = points[3 * i + 1], soa.z[i] = points[3 * i + 2];
+    for (T* axis : {soa.x, soa.y, soa.z}) std::fill(axis + n, axis + padded, std::numeric_limits<T>::quiet_NaN());
+  }
+  Soa<T> soa;
+  int64_t size = 0;
+
+ private:
+  Scratch<T> x_, y_, z_;
+};
+
+template <class T>
+struct Problem {
+  const T *x, *y;
+  Clouds xs, ys;
+  int norm, direction;
+};
+
+// Finds, for the queries of some tiles, the nearest points of `other`; distances [n] as the norm wants them, rows or -1.
+template <class T>
+void nearest_rows(const Cloud<T>& own, const Cloud<T>& other, int64_t other_row, int norm, int64_t tile0, int64_t tile1, T* distance,
+                  int64_t* nearest) {
+  T d[kTile];
+  Bits<T> index[kTile];
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t begin = tile * kTile, count = std::min<int64_t>(kTile, own.size - begin);
+    nearest_tile(own.soa.x + begin, own.soa.y + begin, own.soa.z + begin, other.soa, other.size, norm == kManhattan, d, index);
+    for (int64_t l = 0; l < count; ++l) {
+      distance[begin + l] = norm == kEuclidean ? std::sqrt(d[l]) : d[l];
+      nearest[begin + l] = index[l] < 0 ? -1 : other_row + index[l];
+    }
+  }
+}
+
+// Mean of the distances of the rows that have a nearest point, summed in double in a fixed order; 0 without any.
+template <class T>
+double mean_distance(const T* distance, const int64_t* nearest, int64_t n) {
+  constexpr int kSums = 8;
+  double sum[kSums] = {};
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i % kSums] += nearest[i] >= 0 ? static_cast<double>(distance[i]) : 0.0;
+    count += nearest[i] >= 0;
+  }
+  for (int half = kSums / 2; half > 0; half /= 2)
+    for (int s = 0; s < half; ++s) sum[s] += sum[s + half];
+  return sum[0] / static_cast<double>(std::max<int64_t>(count, 1));
+}
+
+template <class T>
+struct Memory {
+  Cloud<T> x, y;
+  Scratch<T> distance;
+};
+
+// One direction of one pair; `nearest` points at the first row of the cloud.
+template <class T>
+double one_direction(const Cloud<T>& own, const Cloud<T>& other, int64_t other_row, int norm, int threads, Scratch<T>& scratch, int64_t* nearest) {
+  T* distance = scratch.get(own.size);
+  const int64_t tiles = (own.size + kTile - 1) / kTile;
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 21) / (kTile * std::max<int64_t>(other.size, 1)));
+  parallel_for(threads, tiles, grain, [&](int64_t t0, int64_t t1) { nearest_rows(own, other, other_row, norm, t0, t1, distance, nearest); });
+  return mean_distance(distance, nearest, own.size);
+}
+
+template <class T>
+void forward(const Problem<T>& p, int threads, int64_t* nearest_y, int64_t* nearest_x, T* loss) {
+  const int64_t batch = p.xs.batch;
+  int64_t pairs = 1;
+  for (int64_t b = 0; b < batch; ++b) pairs += p.xs.size(b) * p.ys.size(b);
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 20) * batch / pairs);
+  // Few pairs of clouds: threads share each of them. Many: they share the batch.
+  const int inside = batch < 2 * threads ? threads : 1;
+  parallel_for(inside > 1 ? 1 : threads, batch, grain, [&](int64_t b0, int64_t b1) {
+    Memory<T> memory;
+    for (int64_t b = b0; b < b1; ++b) {
+      const int64_t x_row = p.xs.begin(b), y_row = p.ys.begin(b);
+      memory.x.load(p.x + 3 * x_row, p.xs.size(b));
+      memory.y.load(p.y + 3 * y_row, p.ys.size(b));
+      double total = 0;
+      if (p.direction != kFromY) {
+        total += one_direction(memory.x, memory.y, y_row, p.norm, inside, memory.distance, nearest_y + x_row);
+        if (!p.xs.offsets) std::fill(nearest_y + x_row + memory.x.size, nearest_y + x_row + p.xs.stride, int64_t{-1});
+      }
+      if (p.direction != kFromX) {
+        total += one_direction(memory.y, memory.x, x_row, p.norm, inside, memory.distance, nearest_x + y_row);
+        if (!p.ys.offsets) std::fill(nearest_x + y_row + memory.y.size, nearest_x + y_row + p.ys.stride, int64_t{-1});
+      }
+      loss[b] = static_cast<T>(total);
+    }
+  });
+}
+
+// Adds the gradient of the mean distance of rows [0, n) of `own` to both clouds, row by row.
+template <class T>
+void add_pulls(const T* own, const T* other, const int64_t* nearest, int64_t n, int64_t other_row, int norm, T grad, T* grad_own, T* grad_other) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += nearest[i] >= 0;
+  const T weight = grad / static_cast<T>(std::max<int64_t>(count, 1));
+  for (int64_t i = 0; i < n; ++i) {
+    if (nearest[i] < 0) continue;
+    const int64_t j = nearest[i] - other_row;
+    const T *a = own + 3 * i, *b = other + 3 * j;
+    T d[3] = {a[0] - b[0], a[1] - b[1], a[2] - b[2]}, scale = 2 * weight;
+    if (norm == kManhattan) {
+      scale = weight;
+      for (T& v : d) v = static_cast<T>((v > 0) - (v < 0));
+    } else if (norm == kEuclidean) {
+      const T length = std::sqrt(squared(d[0], d[1], d[2]));
+      scale = length > 0 ? weight / length : T(0);
+    }
+    for (int axis = 0; axis < 3; ++axis) {
+      grad_own[3 * i + axis] += scale * d[axis];
+      grad_other[3 * j + axis] -= scale * d[axis];
+    }
+  }
+}
+
+template <class T>
+void backward(const Problem<T>& p, int threads, const int64_t* nearest_y, const int64_t* nearest_x, const T* grad, T* grad_x, T* grad_y) {
+  const int64_t batch = p.xs.batch;
+  int64_t rows = 1;
+  for (int64_t b = 0; b < batch; ++b) rows += p.xs.size(b) + p.ys.size(b);
+  parallel_for(threads, batch, std::max<int64_t>(1, (int64_t{1} << 17) * batch / rows), [&](int64_t b0, int64_t b1) {
+    for (int64_t b = b0; b < b1; ++b) {
+      const int64_t x_row = p.xs.begin(b), y_row = p.ys.begin(b), n = p.xs.size(b), m = p.ys.size(b);
+      T *gx = grad_x + 3 * x_row, *gy = grad_y + 3 * y_row;
+      std::fill(gx, gx + 3 * (p.xs.offsets ? n : p.xs.stride), T(0));
+      std::fill(gy, gy + 3 * (p.ys.offsets ? m : p.ys.stride), T(0));
+      const T *x = p.x + 3 * x_row, *y = p.y + 3 * y_row;
+      if (p.direction != kFromY) add_pulls(x, y, nearest_y + x_row, n, y_row, p.norm, grad[b], gx, gy);
+      if (p.direction != kFromX) add_pulls(y, x, nearest_x + y_row, m, x_row, p.norm, grad[b], gy, gx);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace geossl
+
+// See geossl/ops/chamfer.py for the arguments of both; workspace and inverse maps are for CUDA.
+GEOSSL_API int geossl_chamfer_cpu(int threads, int is_double, const void* x, const int64_t* x_offsets, const int64_t* x_lengths, int64_t n,
+                                  const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m, int64_t batch, int norm,
+                                  int direction, int64_t* nearest_y, int64_t* nearest_x, void*, void*, void* loss) {
+  using namespace geossl;
+  const Clouds xs{x_offsets, x_lengths, batch, n}, ys{y_offsets, y_lengths, batch, m};
+  if (batch < 0 || n < 0 || m < 0) return GEOSSL_INVALID_ARGUMENT;
+  if (!clouds_fit(xs) || !clouds_fit(ys)) return GEOSSL_TOO_LARGE;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    forward(Problem<T>{static_cast<const T*>(x), static_cast<const T*>(y), xs, ys, norm, direction}, threads, nearest_y, nearest_x,
+            static_cast<T*>(loss));
+    return int{GEOSSL_OK};
+  });
+}
+
+GEOSSL_API int geossl_chamfer_backward_cpu(int threads, int is_double, const void* x, const int64_t* x_offsets, const int64_t* x_lengths,
+                                           int64_t n, const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m,
+                                           int64_t batch, int norm, int direction, const int64_t* nearest_y, const int64_t* nearest_x,
+                                           const void* grad, const int64_t*, const int64_t*, const int64_t*, const int64_t*, void* grad_x,
+                                           void* grad_y) {
+  using namespace geossl;
+  const Clouds xs{x_offsets, x_lengths, batch, n}, ys{y_offsets, y_lengths, batch, m};
+  if (batch < 0 || n < 0 || m < 0) return GEOSSL_INVALID_ARGUMENT;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    backward(Problem<T>{static_cast<const T*>(x), static_cast<const T*>(y), xs, ys, norm, direction}, threads, nearest_y, nearest_x,
+             static_cast<const T*>(grad), static_cast<T*>(grad_x), static_cast<T*>(grad_y));
+    return int{GEOSSL_OK};
+  });
+}

@@ -1,0 +1,252 @@
+// k nearest neighbours and ball query on the CPU.
+#include <algorithm>
+
+#include "points.h"
+#include "select.h"
+
+namespace geossl {
+namespace {
+
+// What is asked of one batch of queries; see geossl/ops/neighbors.py.
+template <class T>
+struct Search {
+  const T *query, *points;
+  Clouds queries, clouds;
+  int64_t k;
+  T radius;
+  const T* radii;  // per query row, may be null
+  bool exclude_self, first, repeat;
+  T* distance;
+  int64_t *index, *count;  // count may be null
+
+  // A NaN or infinite distance is never below it, so invalid points and queries need no test of their own.
+  T limit(int64_t row) const { return radii ? radii[row] * radii[row] : radius * radius; }
+};
+
+template <class T>
+void write_row(const Search<T>& s, int64_t row, const Key<T>* sorted, int64_t found, int64_t base) {
+  T* distance = s.distance + row * s.k;
+  int64_t* index = s.index + row * s.k;
+  for (int64_t j = 0; j < found; ++j) {
+    distance[j] = from_bits<T>(bits_of_key(sorted[j]));
+    index[j] = base + index_of_key(sorted[j]);
+  }
+  const bool repeat = s.repeat && found > 0;
+  std::fill(distance + found, distance + s.k, repeat ? distance[0] : std::numeric_limits<T>::infinity());
+  std::fill(index + found, index + s.k, repeat ? index[0] : int64_t{-1});
+}
+
+// All distances ---------------------------------------------------------------------------------------------------------------------
+//
+// Distances to all n points go into one array, in which point i belongs to group i % groups. The k-th smallest of the groups' minima
+// is a bound that few points keep below; they are collected and sorted. Nothing in it depends on how often the bound improves.
+
+template <class T>
+GEOSSL_INLINE void distances_loop(const Soa<T>& p, int64_t n, int64_t groups, T qx, T qy, T qz, T limit, Bits<T>* GEOSSL_RESTRICT distance,
+                                  Bits<T>* GEOSSL_RESTRICT minima) {
+  const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
+  const T *GEOSSL_RESTRICT x = p.x, *GEOSSL_RESTRICT y = p.y, *GEOSSL_RESTRICT z = p.z;
+  for (int64_t g = 0; g < groups; ++g) minima[g] = infinity;
+  for (int64_t begin = 0; begin < n; begin += groups)
+    for (int64_t g = 0; g < groups; ++g) {
+      const T d2 = squared(x[begin + g] - qx, y[begin + g] - qy, z[begin + g] - qz);
+      const Bits<T> bits = d2 < limit ? to_bits(d2) : infinity;
+      distance[begin + g] = bits;
+      minima[g] = bits < minima[g] ? bits : minima[g];
+    }
+}
+GEOSSL_SIMD void all_distances(const Soa<float>& p, int64_t n, int64_t groups, float qx, float qy, float qz, float limit, int32_t* distance,
+                               int32_t* minima) {
+  distances_loop(p, n, groups, qx, qy, qz, limit, distance, minima);
+}
+GEOSSL_SIMD void all_distances(const Soa<double>& p, int64_t n, int64_t groups, double qx, double qy, double qz, double limit,
+                               int64_t* distance, int64_t* minima) {
+  distances_loop(p, n, groups, qx, qy, qz, limit, distance, minima);
+}
+
+// The smallest bound found by bisection that at least k of n values do not exceed (or that all finite ones do not exceed).
+template <class B>
+GEOSSL_INLINE B bound_loop(const B* values, int64_t n, int64_t k, B largest_finite) {
+  const auto count = [&](B bound) {
+    B total = 0;
+    for (int64_t i = 0; i < n; ++i) total += static_cast<B>(values[i] <= bound);
+    return static_cast<int64_t>(total);
+  };
+  B low = values[0], high = values[0];
+  for (int64_t i = 0; i < n; ++i) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+  }
+  high = high < largest_finite ? high : largest_finite;
+  if (low > high || count(low) >= k) return low < high ? low : high;
+  if (count(high) <= k) return high;
+  const int64_t enough = k + k / 4 + 2;
+  while (high - low > 1) {  // count(low) < k <= count(high)
+    const B middle = low + (high - low) / 2;
+    const int64_t reached = count(middle);
+    (reached < k ? low : high) = middle;
+    if (reached >= k && reached <= enough) break;
+  }
+  return high;
+}
+GEOSSL_SIMD int32_t upper_bound_of_kth(const int32_t* values, int64_t n, int64_t k) {
+  return bound_loop(values, n, k, to_bits(std::numeric_limits<float>::max()));
+}
+GEOSSL_SIMD int64_t upper_bound_of_kth(const int64_t* values, int64_t n, int64_t k) {
+  return bound_loop(values, n, k, to_bits(std::numeric_limits<double>::max()));
+}
+
+GEOSSL_SIMD int64_t count_finite(const int32_t* values, int64_t n) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += values[i] < 0x7f800000;
+  return total;
+}
+GEOSSL_SIMD int64_t count_finite(const int64_t* values, int64_t n) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += values[i] < 0x7ff0000000000000;
+  return total;
+}
+
+// Collects the points of all groups whose minimum is not over the bound; returns how many of them are not over it either.
+template <class T>
+GEOSSL_INLINE int64_t collect(const Bits<T>* distance, int64_t n, const Bits<T>* minima, int64_t groups, Bits<T> bound, Key<T>* keys,
+                              int32_t* chosen) {
+  int64_t chosen_count = 0, count = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    chosen[chosen_count] = static_cast<int32_t>(g);
+    chosen_count += minima[g] <= bound;
+  }
+  for (int64_t c = 0; c < chosen_count; ++c)
+    for (int64_t i = chosen[c]; i < n; i += groups) {
+      keys[count] = make_key(distance[i], static_cast<int32_t>(i));
+      count += distance[i] <= bound;
+    }
+  return count;
+}
+
+template <class T>
+struct BruteMemory {
+  Scratch<T> x, y, z;
+  Scratch<Bits<T>> distance, minima;
+  Scratch<Key<T>> keys, sorted;
+  Scratch<int32_t> chosen;
+};
+
+template <class T>
+class BruteForce {
+ public:
+  BruteForce(const T* points, int64_t n, int64_t k, BruteMemory<T>& memory) : n_(n), memory_(memory) {
+    groups_ = 64;
+    while (groups_ < 4 * k && groups_ < n) groups_ *= 2;
+    padded_ = (n + groups_ - 1) / groups_ * groups_;
+    soa_ = {memory.x.get(padded_), memory.y.get(padded_), memory.z.get(padded_)};
+    for (int64_t i = 0; i < n; ++i) soa_.x[i] = points[3 * i], soa_.y[i] = points[3 * i + 1], soa_.z[i] = points[3 * i + 2];
+    for (T* axis : {soa_.x, soa_.y, soa_.z}) std::fill(axis + n, axis + padded_, std::numeric_limits<T>::infinity());
+    distance_ = memory.distance.get(padded_);
+    minima_ = memory.minima.get(groups_);
+    keys_ = memory.keys.get(padded_ + 1);
+    sorted_ = memory.sorted.get(k + 1);
+    chosen_ = memory.chosen.get(groups_ + 1);
+  }
+
+  void nearest(const Search<T>& s, int64_t row, int64_t self, int64_t base) {
+    const T* q = s.query + 3 * row;
+    all_distances(soa_, padded_, groups_, q[0], q[1], q[2], s.limit(row), distance_, minima_);
+    if (self >= 0 && self < n_) leave_out(self);
+    const Bits<T> bound = upper_bound_of_kth(minima_, groups_, s.k);
+    const int64_t count = collect<T>(distance_, padded_, minima_, groups_, bound, keys_, chosen_);
+    write_row(s, row, sorted_, select_smallest(keys_, count, s.k, sorted_), base);
+    if (s.count) s.count[row] = count_finite(distance_, padded_);
+  }
+
+  void first(const Search<T>& s, int64_t row, int64_t base) {
+    const T* q = s.query + 3 * row;
+    all_distances(soa_, padded_, groups_, q[0], q[1], q[2], s.limit(row), distance_, minima_);
+    const int64_t total = count_finite(distance_, padded_), wanted = std::min(total, s.k);
+    int64_t found = 0;
+    for (int64_t i = 0; found < wanted; ++i) {
+      sorted_[found] = make_key(distance_[i], static_cast<int32_t>(i));
+      found += distance_[i] < to_bits(std::numeric_limits<T>::infinity());
+    }
+    write_row(s, row, sorted_, found, base);
+    s.count[row] = total;
+  }
+
+ private:
+  void leave_out(int64_t self) {
+    const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
+    distance_[self] = infinity;
+    Bits<T> smallest = infinity;
+    for (int64_t i = self % groups_; i < padded_; i += groups_) smallest = std::min(smallest, distance_[i]);
+    minima_[self % groups_] = smallest;
+  }
+
+  int64_t n_, padded_, groups_;
+  BruteMemory<T>& memory_;
+  Soa<T> soa_;
+  Bits<T>*distance_, *minima_;
+  Key<T>*keys_, *sorted_;
+  int32_t* chosen_;
+};
+
+template <class T>
+int run(const Search<T>& s, int threads) {
+  const int64_t rows = s.queries.rows();
+  parallel_for(threads, rows, 256, [&](int64_t begin, int64_t end) {
+    BruteMemory<T> memory;
+    for (int64_t row = begin; row < end;) {
+      const int64_t b = s.queries.cloud_of(row), first = s.queries.begin(b), last = first + s.queries.size(b);
+      const int64_t stop = std::min(end, std::max(last, row));
+      const int64_t n = s.clouds.size(b), base = s.clouds.index_base(b);
+      if (row < stop && n > 0) {
+        BruteForce<T> search(s.points + 3 * s.clouds.begin(b), n, s.k, memory);
+        for (; row < stop; ++row) {
+          if (s.first) search.first(s, row, base);
+          else search.nearest(s, row, s.exclude_self ? row - first : -1, base);
+        }
+      }
+      // Rows without a cloud, and padding.
+      const int64_t next = s.queries.offsets ? last : first + s.queries.stride;
+      for (; row < std::min(end, next); ++row) {
+        write_row<T>(s, row, nullptr, 0, base);
+        if (s.count) s.count[row] = 0;
+      }
+    }
+  });
+  return GEOSSL_OK;
+}
+
+}  // namespace
+}  // namespace geossl
+
+// See geossl/ops/neighbors.py for the arguments.
+GEOSSL_API int geossl_knn_cpu(int threads, int is_double, const void* query, const int64_t* query_offsets, const int64_t* query_lengths,
+                              int64_t queries, const void* points, const int64_t* offsets, const int64_t* lengths, int64_t n, int64_t batch,
+                              int64_t k, double radius, int exclude_self, void* distance, int64_t* index) {
+  using namespace geossl;
+  if (batch < 0 || n < 0 || queries < 0 || k < 1) return GEOSSL_INVALID_ARGUMENT;
+  const Clouds query_clouds{query_offsets, query_lengths, batch, queries}, clouds{offsets, lengths, batch, n};
+  if (!clouds_fit(clouds)) return GEOSSL_TOO_LARGE;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return run(Search<T>{static_cast<const T*>(query), static_cast<const T*>(points), query_clouds, clouds, k, static_cast<T>(radius), nullptr,
+                         exclude_self != 0, false, false, static_cast<T*>(distance), index, nullptr},
+               threads);
+  });
+}
+
+GEOSSL_API int geossl_ball_query_cpu(int threads, int is_double, const void* query, const int64_t* query_offsets, const int64_t* query_lengths,
+                                     int64_t queries, const void* points, const int64_t* offsets, const int64_t* lengths, int64_t n,
+                                     int64_t batch, int64_t k, double radius, const void* radii, int first, int repeat, void* distance,
+                                     int64_t* index, int64_t* count) {
+  using namespace geossl;
+  if (batch < 0 || n < 0 || queries < 0 || k < 1) return GEOSSL_INVALID_ARGUMENT;
+  const Clouds query_clouds{query_offsets, query_lengths, batch, queries}, clouds{offsets, lengths, batch, n};
+  if (!clouds_fit(clouds)) return GEOSSL_TOO_LARGE;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return run(Search<T>{static_cast<const T*>(query), static_cast<const T*>(points), query_clouds, clouds, k, static_cast<T>(radius),
+                         static_cast<const T*>(radii), false, first != 0, repeat != 0, static_cast<T*>(distance), index, count},
+               threads);
+  });
+}

@@ -1,0 +1,100 @@
+// Coordinates as three arrays, which is what vectorises, and the one squared distance of all CPU kernels.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "clouds.h"
+#include "geossl_api.h"
+
+#if defined(__GNUC__)
+#define GEOSSL_INLINE inline __attribute__((always_inline))
+#define GEOSSL_RESTRICT __restrict__
+#else
+#define GEOSSL_INLINE inline
+#define GEOSSL_RESTRICT
+#endif
+
+namespace geossl {
+
+constexpr int64_t kMaxCloud = std::numeric_limits<int32_t>::max() - 1024;  // rows of one cloud; indices inside are int32
+
+// Distances are never negative, so their bits order like their values, as integers; -1, "out of the game", comes before all.
+// Integer minima and maxima vectorise without -ffast-math.
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = int32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Bits = typename BitsOf<T>::type;
+
+template <class T>
+GEOSSL_INLINE Bits<T> to_bits(T value) {
+  Bits<T> bits;
+  __builtin_memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+template <class T>
+GEOSSL_INLINE T from_bits(Bits<T> bits) {
+  T value;
+  __builtin_memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+// The order of operations is part of the contract: CPU, GPU and twin agree bit for bit (compiled without contraction).
+template <class T>
+GEOSSL_INLINE T squared(T dx, T dy, T dz) {
+  return (dx * dx + dy * dy) + dz * dz;
+}
+
+// An aligned array that is not cleared and only grows; scratch memory of one thread.
+template <class T>
+class Scratch {
+ public:
+  T* get(int64_t count) {
+    if (count > capacity_) {
+      // Room to round up to whole vectors, and alignment to a cache line.
+      memory_.reset(new unsigned char[static_cast<size_t>(count) * sizeof(T) + 192]);
+      const auto address = (reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63};
+      data_ = reinterpret_cast<T*>(address);
+      capacity_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  std::unique_ptr<unsigned char[]> memory_;
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+template <class T>
+struct Soa {
+  T *x, *y, *z;
+};
+
+// Runs the body of an exported function for float or double (it is given a zero of the type); it returns a status code.
+template <class F>
+int for_type(int is_double, F&& body) noexcept {
+  int status = GEOSSL_OK;
+  const int failure = guarded([&] { status = is_double ? body(double{}) : body(float{}); });
+  return failure != GEOSSL_OK ? failure : status;
+}
+
+// Whether the rows of every cloud can be counted in int32.
+inline bool clouds_fit(const Clouds& clouds) {
+  for (int64_t b = 0; b < clouds.batch; ++b)
+    if (clouds.size(b) > kMaxCloud) return false;
+  return true;
+}
+
+}  // namespace geossl

@@ -1,0 +1,127 @@
+"""Argument checks shared by the operators. Every message names the operator and the argument, says what came and what to do.
+
+Functions used by the public operators look at shapes, types and devices only, so they are free of device synchronisation and can be traced
+by ``torch.compile``. Those under "values" read data; they run inside the operator: always on the CPU, on CUDA only with ``GEOSSL_CHECKS=1``.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FULL = (torch.float32, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def describe(value: Any) -> str:
+    """Describe an argument in an error message: type, shape and device of a tensor, the value of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def points(op: str, name: str, value: Tensor, packed: bool, like: Tensor | None = None) -> Tensor:
+    """Check coordinates ``[B, N, 3]`` (packed: ``[M, 3]``) and return them, half precision as float32.
+
+    Args:
+        op: Operator, for messages.
+        name: Argument, for messages.
+        value: What the caller gave.
+        packed: Whether offsets cut the rows into clouds.
+        like: Coordinates already checked, whose type and device these must share.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor of coordinates, got {describe(value)}; convert it with torch.as_tensor")
+    if value.dtype not in _FULL:
+        if value.dtype not in _HALF:
+            raise TypeError(f"{op}: {name} must be float32 or float64 (half types are upcast), got {describe(value)}; call {name}.float()")
+        value = value.float()
+    if value.dim() != (2 if packed else 3) or value.shape[-1] != 3:
+        if packed:
+            form = "[M, 3] because offsets were given (the packed form)"
+        else:
+            form = "[B, N, 3]; a single cloud [N, 3] needs points[None], and packed clouds need their offsets"
+        raise ValueError(f"{op}: {name} must be {form}; got {describe(value)}. Pass coordinates only: points[..., :3]")
+    if like is not None:
+        if value.dtype != like.dtype:
+            raise TypeError(f"{op}: {name} is {value.dtype} but the other cloud is {like.dtype}; convert one of them")
+        same_device(op, name, value, like)
+    return value
+
+
+def same_device(op: str, name: str, value: Tensor, like: Tensor) -> None:
+    """Check that a tensor lies on the device of the points."""
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} is on {value.device} but the points are on {like.device}; move one of them")
+
+
+def positive(op: str, name: str, value: Any, zero: str = "") -> int:
+    """Check a count of at least 1 and return it as an int."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{op}: {name} must be a whole number, got {describe(value)}") from None
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}{zero}")
+    return value
+
+
+def integers(op: str, name: str, value: Any, size: int, like: Tensor, what: str) -> Tensor:
+    """Check an integer tensor ``[size]`` on the device of the points and return it as contiguous int64."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be an int64 or int32 tensor {what}, got {describe(value)}; use torch.tensor(..., dtype=torch.int64)")
+    if value.dim() != 1 or value.shape[0] != size:
+        raise ValueError(f"{op}: {name} must be {what} = [{size}], got {describe(value)}")
+    same_device(op, name, value, like)
+    return value if value.dtype == torch.int64 else value.long()
+
+
+def batching(op: str, value: Tensor, lengths: Tensor | None, offsets: Tensor | None, prefix: str = "") -> tuple[Tensor | None, Tensor | None]:
+    """Check ``lengths`` or ``offsets`` of one cloud argument, whose coordinates have been checked, and return both as int64 or None."""
+    if offsets is not None:
+        if lengths is not None:
+            raise ValueError(f"{op}: give {prefix}lengths (padded clouds) or {prefix}offsets (packed clouds), not both")
+        if not isinstance(offsets, Tensor) or offsets.dim() != 1 or offsets.shape[0] < 1:
+            raise ValueError(
+                f"{op}: {prefix}offsets must be an int64 tensor [B + 1] (0, end of cloud 0, ..., number of rows), got {describe(offsets)}"
+            )
+        return None, integers(op, f"{prefix}offsets", offsets, offsets.shape[0], value, "[B + 1]")
+    if lengths is not None:
+        return integers(op, f"{prefix}lengths", lengths, value.shape[0], value, "[B], one per cloud"), None
+    return None, None
+
+
+# Values -----------------------------------------------------------------------------------------------------------------------------
+
+
+def read_values(tensor: Tensor) -> bool:
+    """Return whether the values of arguments on this tensor's device are checked."""
+    return not tensor.is_cuda or os.environ.get("GEOSSL_CHECKS", "0") not in ("", "0")
+
+
+def offset_values(op: str, offsets: Tensor | None, rows: int, prefix: str = "") -> None:
+    """Check that offsets start at 0, never fall, and end at the number of rows."""
+    if offsets is None or not read_values(offsets):
+        return
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != rows or values != sorted(values):
+        shown = f"{values[:8]}{'...' if len(values) > 8 else ''}"
+        raise ValueError(
+            f"{op}: {prefix}offsets must start at 0, never decrease, and end at the number of rows ({rows}), got {shown} ending at {values[-1]}; "
+            "make them with geossl.ops.offsets_from_batch (sorted cloud numbers), offsets_from_lengths or offsets_from_ends"
+        )
+
+
+def length_values(op: str, lengths: Tensor | None, capacity: int, prefix: str = "") -> None:
+    """Check that lengths lie between 0 and the padded size."""
+    if lengths is None or lengths.shape[0] == 0 or not read_values(lengths):
+        return
+    low, high = (int(value) for value in torch.aminmax(lengths)) if lengths.shape[0] > 64 else (min(lengths.tolist()), max(lengths.tolist()))
+    if low < 0 or high > capacity:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{op}: {prefix}lengths must lie between 0 and {capacity}, the padded size of the clouds; got {wrong}")

@@ -1,0 +1,117 @@
+"""Registers operators with torch and chooses what runs them: the native kernel of the tensor's device, or the plain-torch twin.
+
+An operator is defined once, by its schema and three functions:
+
+* ``native(kind, *args)`` allocates the outputs and calls the C function of the library ``kind`` ("cpu" or "cuda"). The same code serves
+  both, so that tests which run the CUDA kernels on CPU tensors (:func:`backend`) test the wrapper that serves the GPU;
+* ``twin(*args)`` computes the same in plain torch (:mod:`geossl.ops.reference`): the oracle of the tests, and what runs without library;
+* ``fake(*args)`` returns empty outputs of the right shape, for ``torch.compile`` and the meta device.
+
+Value checks (offsets ascending, lengths in range...) belong into ``native`` and ``twin`` through :mod:`geossl.ops._checks`: they run when
+the operator runs, before its kernel, and are not traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from geossl.ops import _native
+
+Backend = Literal["cpu", "cuda", "twin"]
+Operator = torch._ops.OpOverload
+
+LIBRARY = torch.library.Library("geossl", "DEF")
+
+_forced: Backend | None = None
+
+
+def define(
+    schema: str,
+    *,
+    native: Callable[..., Any],
+    twin: Callable[..., Any],
+    fake: Callable[..., Any],
+    autocast: torch.dtype | None = torch.float32,
+) -> Operator:
+    """Register the operator ``geossl::<schema>`` and return it.
+
+    Args:
+        schema: Name, arguments and results as torch writes them.
+        native: Wrapper of the C functions; takes the library's kind and the operator's arguments.
+        twin: The same in plain torch.
+        fake: The same without data.
+        autocast: Type to which autocast converts floating inputs; None leaves them as they are.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+
+    def on_cpu(*args: Any) -> Any:
+        if _forced is not None:
+            return twin(*args) if _forced == "twin" else native(_forced, *args)
+        return native("cpu", *args) if _native.available("cpu") else twin(*args)
+
+    def on_cuda(*args: Any) -> Any:
+        return native("cuda", *args) if _forced != "twin" and _native.available("cuda") else twin(*args)
+
+    LIBRARY.impl(name, on_cpu, "CPU")
+    LIBRARY.impl(name, on_cuda, "CUDA")
+    torch.library.register_fake(f"geossl::{name}", fake, lib=LIBRARY)
+    if autocast is not None:
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(f"geossl::{name}", device, autocast, lib=LIBRARY)
+    return getattr(torch.ops.geossl, name).default
+
+
+@contextmanager
+def backend(name: Backend | None) -> Iterator[None]:
+    """Run operators on CPU tensors by "cpu" kernels, "cuda" kernels (built for the host, see ``tests/cuda_on_host``) or the "twin".
+
+    For tests and benchmarks; None chooses as always. Not thread-safe.
+    """
+    global _forced
+    saved, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = saved
+
+
+def place(kind: _native.Kind, tensor: Tensor) -> tuple[int, ...]:
+    """Return the leading arguments of a C function: the number of threads on the CPU; device and stream on CUDA."""
+    return (torch.get_num_threads(),) if kind == "cpu" else (_native.device_index(tensor), _native.stream(tensor))
+
+
+def functions(name: str, *argtypes: Any) -> dict[str, _native.NativeFunction]:
+    """Declare ``geossl_<name>_cpu`` and ``geossl_<name>_cuda``, which take the same arguments after those of :func:`place`."""
+    return {
+        "cpu": _native.function("cpu", f"geossl_{name}_cpu", _native.INT, *argtypes),
+        "cuda": _native.function("cuda", f"geossl_{name}_cuda", _native.INT, _native.PTR, *argtypes),
+    }
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's data, None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def inverse(index: Tensor, batch: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Sort the entries of ``index`` by the row they name, for sums over equal indices in a fixed order on a GPU.
+
+    Args:
+        index: ``[batch * E]`` or any shape of that many entries, local to its cloud of ``rows`` rows; -1 names no row.
+        batch: Clouds.
+        rows: Rows of each cloud.
+
+    Returns:
+        Entry numbers sorted by (cloud, row, entry), and where each row's entries begin, ``[batch * rows + 1]``.
+    """
+    total = batch * rows
+    local = index.reshape(batch, -1)
+    flat = local + torch.arange(0, max(total, 1), max(rows, 1), device=index.device)[:batch, None]
+    ordered, order = torch.sort(torch.where((local >= 0) & (local < rows), flat, total).flatten(), stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(total + 1, device=index.device))
