@@ -127,6 +127,11 @@ def test_settings_leave_the_users_own_alone(backend, monkeypatch):
     assert backend._settings(None, backend.Plan("cuda", "system"))["cmake.define.CMAKE_CUDA_COMPILER"] == "/opt/cuda/bin/nvcc"
 
 
+def test_reason_survives_as_a_c_string(backend):
+    settings = backend._settings({}, backend.Plan("cpu", reason='the build failed: "x"; \\ $PATH (see /tmp/a-b.log)'))
+    assert settings["cmake.define.GEOSSL_WITHOUT_CUDA"] == "the build failed: x  PATH (see /tmp/a-b.log)"
+
+
 def test_compiler_of_the_index_gets_its_library_path(backend, monkeypatch, tmp_path):
     nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)

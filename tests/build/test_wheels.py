@@ -43,8 +43,8 @@ class Builder:
         return ran
 
     def wheel(self, target: Path, source: str = ".", **environment: str) -> tuple[Path, str]:
-        """Build a wheel in isolation; return its path and the log."""
-        ran = self.pip("wheel", "-v", "--no-deps", "-w", str(target), source, **environment)
+        """Build a wheel in isolation; return its path and the log. A C++ error fails, it does not make a pure package."""
+        ran = self.pip("wheel", "-v", "--no-deps", "-w", str(target), source, **{"GEOSSL_REQUIRE_NATIVE": "1"} | environment)
         (wheel,) = target.glob("*.whl")
         return wheel, ran.stdout + ran.stderr
 
