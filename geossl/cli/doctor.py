@@ -63,10 +63,11 @@ def _module(distribution: str) -> str:
 
 
 def _version(distribution: str) -> str:
+    """Return the installed version; "" without one: another distribution may have the module, as spconv-cu120 has spconv."""
     try:
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # another distribution has the module, as spconv-cu120 has spconv
-        return "found"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _import_problem(module: str) -> str:
@@ -180,17 +181,18 @@ def _operators() -> Iterator[Finding]:
 def _optional() -> Iterator[Finding]:
     found = _requirements()
     for extra in sorted(set(found) - {""}):
+        section, is_tool = f"optional packages: {extra}", extra in ("test", "dev")
         for name in found[extra]:
-            section, module = f"optional packages: {extra}", _module(name)
-            if importlib.util.find_spec(module) is None:
+            version, module = _version(name), _module(name)
+            if version == "" and (is_tool or importlib.util.find_spec(module) is None):
                 yield Finding(section, name, "missing", "not installed", f"pip install 'geossl[{extra}]'")
-            elif problem := _import_problem(module):
+            elif not is_tool and (problem := _import_problem(module)):
                 advice = f"reinstall {name} to match the installed torch and numpy, or do without it"
-                yield Finding(section, name, "missing", f"{_version(name)}, cannot be imported: {problem}", advice)
+                yield Finding(section, name, "missing", f"{version or 'found'}, cannot be imported: {problem}", advice)
             else:
-                yield Finding(section, name, "ok", _version(name))
+                yield Finding(section, name, "ok", version or "found")
     if importlib.util.find_spec("pytorch3d") is not None:
-        yield Finding("optional packages: interop", "pytorch3d", "ok", _version("pytorch3d"))
+        yield Finding("optional packages: interop", "pytorch3d", "ok", _version("pytorch3d") or "found")
 
 
 def _data() -> Iterator[Finding]:
@@ -228,8 +230,10 @@ def _print_plain(findings: list[Finding]) -> None:
         if finding.section != section:
             section = finding.section
             print(f"\n{section}")
-        print(f"  {finding.state:<7}  {finding.name:<{width}}  {finding.value}")
-        if finding.advice:
+        line = f"  {finding.state:<7}  {finding.name:<{width}}  {finding.value}"
+        short = len(line) + len(finding.advice) <= 120
+        print(f"{line}  -> {finding.advice}" if finding.advice and short else line)
+        if finding.advice and not short:
             print(f"  {'':<7}  {'':<{width}}  -> {finding.advice}")
 
 
