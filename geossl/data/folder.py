@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ class FileOptions:
 
     suffixes: tuple[str, ...] = ()
     """Ends of the file names to read, such as ``.obj .ply``; none means every kind that can be read."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of names (relative to the folder) that are no clouds, such as ``*/low_res/*`` or ``lists_*.txt``."""
     file_columns: Columns | Literal["auto"] = "auto"
     """What the columns of text and NPY files are; ``auto`` tells normals from colours by their values."""
     points: int = 8192
@@ -77,13 +80,11 @@ def find_files(root: Path, options: FileOptions) -> FileList:
     """
     root = existing(root, "folder")
     wanted = options.suffixes or SUFFIXES
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.suffix.lower() in wanted and not any(part.startswith(".") for part in path.relative_to(root).parts) and path.is_file()
-    )
+    paths = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in wanted and path.is_file())
+    visible = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    names = sorted(name for name in visible if not any(fnmatchcase(name, pattern) for pattern in options.exclude))
     if not names:
-        raise DataError(f"{root}: no file ends in {', '.join(wanted)}; is this the right folder?")
+        raise DataError(f"{root}: no file ends in {', '.join(wanted)} (and is not excluded); is this the right folder?")
     folders = [[part for part in name.split("/")[:-1] if part not in SPLITS] for name in names]
     classes = sorted({parts[0] for parts in folders if parts})
     number = {name: index for index, name in enumerate(classes)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,23 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(count)
 
 
+@dataclass
 class _Batches(TorchDataset):
-    """Makes this rank's part of global batch ``number`` (counted from 0 over all epochs); runs in the workers."""
+    """Makes this process's micro-batch ``number``, counted from 0 over all epochs; runs in the workers."""
 
-    def __init__(
-        self, dataset: PointDataset, batch_size: int, seed: int, rank: int, world_size: int, shuffle: bool, drop_last: bool, augment: bool
-    ) -> None:
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.shuffle, self.augment = shuffle, augment
-        self.per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
+    dataset: PointDataset
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+    accumulate: int
+    shuffle: bool
+    drop_last: bool
+    augment: bool
+
+    def __post_init__(self) -> None:
+        count = len(self.dataset)
+        self.per_epoch = count // self.batch_size if self.drop_last else -(-count // self.batch_size)
         self._order: tuple[int, np.ndarray] | None = None
 
     def _epoch_rows(self, epoch: int) -> np.ndarray:
@@ -49,15 +56,16 @@ class _Batches(TorchDataset):
         return self._order[1]
 
     def __getitem__(self, number: int) -> PointBatch | DataError:
-        epoch, position = divmod(number, self.per_epoch)
+        batch_number, micro = divmod(number, self.accumulate)
+        epoch, position = divmod(batch_number, self.per_epoch)
         rows = self._epoch_rows(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
-        slots = np.arange(len(rows) * self.rank // self.world_size, len(rows) * (self.rank + 1) // self.world_size)
+        parts, part = self.world_size * self.accumulate, self.rank * self.accumulate + micro
+        slots = np.arange(len(rows) * part // parts, len(rows) * (part + 1) // parts)
         try:
             samples = [self.dataset.get(int(row), sample_rng(self.seed, epoch, int(row)) if self.augment else None) for row in rows[slots]]
-            batch = collate(samples)
         except DataError as error:
             return error  # raised in the consumer as it is, without the traceback of a worker wrapped round it
-        return replace(batch, slot=torch.from_numpy(slots), global_size=len(rows))
+        return replace(collate(samples), slot=torch.from_numpy(slots), global_size=len(rows))
 
 
 class _CountFrom(Sampler[int]):
@@ -82,8 +90,8 @@ class Loader:
     """Infinite iterator of :class:`~geossl.geometry.PointBatch` over epochs; made by :func:`build_loader`.
 
     Attributes:
-        batches_per_epoch: Global batches in one pass over the data set.
-        position: Number of the next batch that has not been handed out yet, counted over all epochs.
+        batches_per_epoch: Global batches in one pass over the data set: optimiser steps per epoch.
+        position: Number of the next micro-batch that has not been handed out yet, counted over all epochs.
     """
 
     def __init__(self, batches: _Batches, workers: int, prefetch: int, context: str | None, pin_memory: bool) -> None:
@@ -94,8 +102,12 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next batch, counted from 0."""
-        return self.position // self.batches_per_epoch
+        """Epoch of the next micro-batch, counted from 0."""
+        return self.position // self._per_epoch
+
+    @property
+    def _per_epoch(self) -> int:
+        return self.batches_per_epoch * self._batches.accumulate
 
     def __iter__(self) -> Loader:
         """Return itself: the loader is one endless stream."""
@@ -118,8 +130,8 @@ class Loader:
 
     def one_pass(self) -> Iterator[PointBatch]:
         """Yield the batches of one epoch from its start (the current epoch), without moving the loader's position."""
-        start = self.epoch * self.batches_per_epoch
-        for batch in self._open(_CountFrom(start, start + self.batches_per_epoch)):
+        start = self.epoch * self._per_epoch
+        for batch in self._open(_CountFrom(start, start + self._per_epoch)):
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -127,10 +139,12 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next batch the consumer has not seen, and what it counts; prefetched batches do not matter."""
         batches = self._batches
-        return {"position": self.position, "seed": batches.seed, "batch_size": batches.batch_size, "samples": len(batches.dataset)}
+        step, micro_batch = divmod(self.position, batches.accumulate)
+        fixed = {"seed": batches.seed, "batch_size": batches.batch_size, "samples": len(batches.dataset)}
+        return {"step": step, "micro_batch": micro_batch, **fixed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved position. Workers, ranks and the prefetching depth may differ from those of the saved run.
+        """Continue at a saved position. Workers, ranks and micro-batches may differ from those of the saved run.
 
         Raises:
             ConfigError: seed, batch size or data set size differ, so that the position means other samples.
@@ -138,11 +152,9 @@ class Loader:
         own = self.state_dict()
         changed = [f"{key} {state[key]!r} -> {own[key]!r}" for key in ("seed", "batch_size", "samples") if state[key] != own[key]]
         if changed:
-            raise ConfigError(
-                f"the data position cannot be restored, these changed since it was saved: {', '.join(changed)}; start a new run"
-            )
+            raise ConfigError(f"the data position cannot be restored, this changed since it was saved: {', '.join(changed)}")
         self.close()
-        self.position = int(state["position"])
+        self.position = int(state["step"]) * self._batches.accumulate + int(state["micro_batch"])
 
     def close(self) -> None:
         """Stop the workers; the next batch starts new ones."""
@@ -176,6 +188,7 @@ def build_loader(
     shuffle: bool = True,
     drop_last: bool = True,
     augment: bool = True,
+    accumulate: int = 1,
     prefetch: int = 2,
     context: str | None = None,
     pin_memory: bool = False,
@@ -183,11 +196,12 @@ def build_loader(
     """Make the infinite iterator of batches of ``dataset``.
 
     The order of an epoch depends on (seed, epoch), and every sample on (seed, epoch, row), on nothing else: the batches are the same for
-    any number of workers, and the parts of all ranks together are the batch of one process.
+    any number of workers, and the parts of all ranks and micro-batches together are the batch
+    of one process.
 
     Args:
         dataset: The data set.
-        batch_size: Clouds in the *global* batch, over all ranks; each rank gets ``batch_size / world_size`` of them.
+        batch_size: Clouds in the *global* batch, over all ranks and micro-batches of an optimiser step.
         seed: >= 0.
         rank: Number of this process.
         world_size: Number of processes.
@@ -195,6 +209,7 @@ def build_loader(
         shuffle: Visit the rows in a new random order each epoch; else in their own order.
         drop_last: Leave the incomplete batch at the end of an epoch out.
         augment: Random subset and augmentation; else the deterministic evaluation form.
+        accumulate: Micro-batches each rank's part is handed out in, one after the other.
         prefetch: Batches each worker makes ahead.
         context: Start method of the workers, ``fork``, ``spawn`` or ``forkserver``; None is the system's own.
         pin_memory: Copy batches to page-locked memory, for a quicker transfer to a GPU.
@@ -210,8 +225,10 @@ def build_loader(
     require(seed >= 0, "seed", "must not be negative", seed)
     require(workers >= 0, "workers", "must not be negative", workers)
     require(0 <= rank < world_size, "rank", f"must lie in 0..{world_size - 1}", rank)
-    require(batch_size % world_size == 0, "batch_size", f"must divide by the {world_size} processes", batch_size)
-    require(drop_last or world_size == 1, "drop_last", f"must be True with {world_size} processes: they need whole batches", drop_last)
-    batches = _Batches(dataset, batch_size, seed, rank, world_size, shuffle, drop_last, augment)
+    require(accumulate >= 1, "accumulate", "must be at least 1", accumulate)
+    parts = world_size * accumulate
+    require(batch_size % parts == 0, "batch_size", f"must divide by {world_size} processes x {accumulate} micro-batches", batch_size)
+    require(drop_last or parts == 1, "drop_last", f"must be True with {world_size} processes x {accumulate} micro-batches", drop_last)
+    batches = _Batches(dataset, batch_size, seed, rank, world_size, accumulate, shuffle, drop_last, augment)
     require(batches.per_epoch > 0, "batch_size", f"must not be more than the data set's {len(dataset)} samples", batch_size)
     return Loader(batches, workers, prefetch, context, pin_memory)

@@ -84,11 +84,13 @@ def checked_cloud(
     if len(coord) < 2:
         raise DataError(f"{source}: a point cloud needs at least 2 points, got {len(coord)}")
     check_finite(source, coord=coord, normal=normal, color=color)
-    low, high = coord.min(axis=0).astype(np.float64), coord.max(axis=0).astype(np.float64)
-    if center:
-        coord = coord - (low + high) / 2.0
-    elif coord.dtype.itemsize > 4 and np.abs([low, high]).max() * 2.0**-24 > 1e-4 * np.linalg.norm(high - low) > 0.0:
-        raise DataError(f"{source}: coordinates up to {np.abs([low, high]).max():.7g} lose their detail in float32; read with center=True")
+    if center or coord.dtype.itemsize > 4:
+        low, high = coord.min(axis=0).astype(np.float64), coord.max(axis=0).astype(np.float64)
+        largest = np.abs([low, high]).max()
+        if center:
+            coord = coord - (low + high) / 2.0
+        elif largest * 2.0**-24 > 1e-4 * np.linalg.norm(high - low) > 0.0:
+            raise DataError(f"{source}: coordinates up to {largest:.7g} lose their detail in float32; subtract an offset (center=True)")
     if color is not None:
         color = color.astype(np.float32) / np.float32(255.0 if color.dtype.kind in "iu" or color.max() > 1.0 else 1.0)
         if color.min() < 0.0 or color.max() > 1.0:

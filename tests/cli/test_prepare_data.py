@@ -16,7 +16,7 @@ import pytest
 import trimesh
 
 from geossl.cli import run
-from geossl.data import FileOptions, ShardOptions, ShardsConfig, build_loader, check_shards, write_shards
+from geossl.data import FileOptions, ModelNet40Config, ShardOptions, ShardsConfig, build_loader, check_shards, write_shards
 from geossl.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +51,29 @@ def test_left_out_files_are_counted(meshes: Path, tmp_path: Path, capsys: pytest
     flags = ["folder", "--source", str(meshes), "--out", str(tmp_path / "out"), "--on_bad", "skip"]
     assert run("prepare-data", flags) == 0
     assert "warning: left out 1 files that could not be used; the first:" in capsys.readouterr().out
+
+
+def test_modelnet_text_files_are_converted_as_documented(tmp_path: Path) -> None:
+    root, rng = tmp_path / "modelnet40_normal_resampled", np.random.default_rng(0)
+    for name in ("bed_0001", "bed_0002", "tv_stand_0001"):
+        folder = root / name.rsplit("_", 1)[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savetxt(
+            folder / f"{name}.txt", np.hstack([rng.normal(size=(40, 3)), np.tile([0.0, 1.0, 0.0], (40, 1))]), delimiter=",", fmt="%.6f"
+        )
+    (root / "modelnet40_shape_names.txt").write_text("bed\ntv_stand\n")
+    (root / "modelnet40_train.txt").write_text("bed_0001\ntv_stand_0001\n")
+    (root / "modelnet40_test.txt").write_text("bed_0002\n")
+    (root / "filelist.txt").write_text("bed/bed_0001.txt\n")
+    flags = ["folder", "--source", str(root), "--out", str(tmp_path / "out"), "--points", "10000", "--suffixes", ".txt"]
+    flags += ["--exclude", "modelnet*.txt", "filelist.txt", "--test_list", str(root / "modelnet40_test.txt")]
+    assert run("prepare-data", flags) == 0
+    for split in ("train", "test"):
+        text = ModelNet40Config(root=root, points=32, columns="xyz+normal").build(split)
+        shards = ShardsConfig(root=tmp_path / "out", points=32, columns="xyz+normal", normalize="cloud").build(split)
+        assert shards.classes == text.classes
+        assert shards.labels.tolist() == text.labels.tolist()
+        assert all(np.allclose(shards.get(row).points, text.get(row).points, atol=1e-5) for row in range(len(text)))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,17 @@ def test_suffixes_choose_the_files(clouds: Path) -> None:
         FileOptions(suffixes=("blend",))
 
 
+def test_excluded_names_are_no_clouds(clouds: Path) -> None:
+    assert find_files(clouds, FileOptions(exclude=("cup/*", "*/1?.npy"))).names == [
+        "lid/0.npy",
+        "lid/2.npy",
+        "lid/4.npy",
+        "lid/6.npy",
+        "lid/8.npy",
+        "loose.npy",
+    ]
+
+
 def test_large_clouds_are_thinned_and_y_up_is_turned(tmp_path: Path, rng: np.random.Generator) -> None:
     points = rng.normal(size=(500, 3)).astype(np.float32)
     np.save(tmp_path / "a.npy", points)
@@ -104,7 +115,7 @@ def test_empty_parts_and_folders_say_so(clouds: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the test part is empty \(13 files in all, 0 left out\)"):
         FolderConfig(root=clouds, files=FileOptions(test_fraction=0.0)).build("test")
     (tmp_path / "void").mkdir()
-    with pytest.raises(DataError, match=r"void: no file ends in .*; is this the right folder\?"):
+    with pytest.raises(DataError, match=r"void: no file ends in .*; is this the right folder"):
         FolderConfig(root=tmp_path / "void").build("train")
     with pytest.raises(DataError, match="this folder does not exist"):
         FolderConfig(root=tmp_path / "none").build("train")

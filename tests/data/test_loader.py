@@ -93,20 +93,35 @@ def test_a_sample_depends_on_seed_epoch_and_row_alone() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(count=st.integers(4, 25), per_rank=st.integers(1, 4), world=st.integers(1, 4), seed=st.integers(0, 1000))
-def test_the_parts_of_all_ranks_are_the_batch_of_one_process(count: int, per_rank: int, world: int, seed: int) -> None:
-    size = per_rank * world
-    if size > count:
+@given(count=st.integers(4, 25), size=st.integers(1, 3), world=st.integers(1, 3), accumulate=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_the_parts_of_all_ranks_are_the_batch_of_one_process(count: int, size: int, world: int, accumulate: int, seed: int) -> None:
+    total = size * world * accumulate
+    if total > count:
         return
     dataset = Clouds(count)
-    whole = build_loader(dataset, size, seed=seed)
-    ranks = [build_loader(dataset, size, seed=seed, rank=rank, world_size=world) for rank in range(world)]
+    whole = build_loader(dataset, total, seed=seed)
+    ranks = [build_loader(dataset, total, seed=seed, rank=rank, world_size=world, accumulate=accumulate) for rank in range(world)]
     for _ in range(2 * whole.batches_per_epoch):
-        batch, parts = next(whole), [next(loader) for loader in ranks]
-        assert [part.global_size for part in parts] == [size] * world
-        assert torch.cat([part.slot for part in parts]).tolist() == list(range(size)) == batch.slot.tolist()
+        batch, parts = next(whole), [next(loader) for loader in ranks for _ in range(accumulate)]
+        assert [part.global_size for part in parts] == [total] * len(parts)
+        assert torch.cat([part.slot for part in parts]).tolist() == list(range(total)) == batch.slot.tolist()
         assert torch.equal(torch.cat([part.points.coord for part in parts]), batch.points.coord)
         assert torch.equal(torch.cat([part.label for part in parts]), batch.label)
+    assert [loader.epoch for loader in ranks] == [2] * world
+    assert {loader.batches_per_epoch for loader in ranks} == {whole.batches_per_epoch}
+
+
+def test_a_position_can_be_restored_with_other_micro_batches() -> None:
+    expected = take(build_loader(Clouds(20), 6, seed=3), 7)
+    loader = build_loader(Clouds(20), 6, seed=3, accumulate=3)
+    take(loader, 5 * 3)
+    restored = build_loader(Clouds(20), 6, seed=3)
+    restored.load_state_dict(loader.state_dict())
+    assert same(take(restored, 2), expected[5:])
+    assert next(loader).slot.tolist() == [0, 1]
+    middle = build_loader(Clouds(20), 6, seed=3, accumulate=3)
+    middle.load_state_dict(loader.state_dict())
+    assert next(middle).slot.tolist() == [2, 3]
 
 
 @settings(max_examples=30, deadline=None)
@@ -146,7 +161,7 @@ def test_a_restored_loader_continues_where_the_consumer_was(workers: int) -> Non
     loader = build_loader(dataset, 6, seed=3, workers=workers, prefetch=4)
     take(loader, 5)  # the workers are ahead by up to eight batches
     state = loader.state_dict()
-    assert state["position"] == 5
+    assert state["step"] == 5
     loader.close()
     for other in (0, 1):
         restored = build_loader(dataset, 6, seed=3, workers=other)
@@ -212,9 +227,11 @@ def test_a_cloud_of_one_point_is_named() -> None:
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 30}, "batch_size must not be more than the data set's 20 samples"),
-        ({"batch_size": 5, "world_size": 2}, "batch_size must divide by the 2 processes"),
+        ({"batch_size": 5, "world_size": 2}, "batch_size must divide by 2 processes x 1 micro-batches"),
         ({"rank": 2, "world_size": 2}, r"rank must lie in 0\.\.1"),
         ({"seed": -1}, "seed must not be negative"),
+        ({"batch_size": 6, "accumulate": 4}, "batch_size must divide by 1 processes x 4 micro-batches"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"workers": -1}, "workers must not be negative"),
         ({"drop_last": False, "world_size": 2}, "drop_last must be True"),
     ],

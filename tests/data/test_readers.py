@@ -254,7 +254,7 @@ def test_wrong_arrays_in_an_archive(arrays: dict, message: str, tmp_path: Path) 
 def test_map_coordinates_are_refused_unless_centred(tmp_path: Path) -> None:
     scan = XYZ + np.array([5.4e6, 3.2e5, 100.0])
     np.save(tmp_path / "utm.npy", scan)
-    with pytest.raises(DataError, match="lose their detail in float32; read with center=True"):
+    with pytest.raises(DataError, match="lose their detail in float32; subtract an offset"):
         read_points(tmp_path / "utm.npy")
     assert np.allclose(read_points(tmp_path / "utm.npy", center=True).coord, XYZ - (XYZ.min(axis=0) + XYZ.max(axis=0)) / 2, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import tracemalloc
@@ -142,6 +143,26 @@ def test_other_folders_and_settings_are_not_overwritten(mesh_folder: Callable[[i
     with pytest.raises(DataError, match="thesis: is not empty and holds no shard set"):
         convert(source, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_a_full_disk_leaves_no_half_written_shard(
+    mesh_folder: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, save, written = mesh_folder(4), tmp_path / "out", np.save, []
+
+    def full(file: object, arr: np.ndarray) -> None:
+        written.append(arr)
+        if len(written) == 8:  # in the middle of the second shard
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(file, arr)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match=r"could not be written .*No space left on device"):
+        convert(source, out)
+    assert sorted(path.name for path in out.iterdir()) == ["index.json", "shard_00000"]
+    monkeypatch.undo()
+    assert len(convert(source, out)["shards"]) == 3
+    assert check_shards(out) == 18
 
 
 def damage_truncate(root: Path) -> str:

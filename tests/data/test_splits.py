@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geossl.errors import DataError
 from geossl.data import group_resplit
+from geossl.errors import DataError
 
 
 @settings(max_examples=40, deadline=None)
