@@ -230,6 +230,8 @@ def reference_encoder_config(encoder: Mapping[str, Tensor], config: Mapping[str,
         heads=transformer.get("num_heads", 6),
         groups=config.get("num_group", 64),
         group_size=config.get("group_size", group_size),
+        in_channels=encoder["embed.conv1.weight"].shape[1],
+        embed_widths=tuple(encoder[f"embed.conv{i}.weight"].shape[0] for i in (1, 2, 3)),
         drop_path=transformer.get("drop_path_rate", 0.1),
         min_sq_norm=1e-3,
     )
