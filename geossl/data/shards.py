@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -85,8 +85,9 @@ def write_shards(
     """
     found = find_files(source, files)
     columns = options.columns if options.columns != "auto" else _first_columns(found, files)
-    settings = {**asdict(files), "columns": columns, "clouds_per_shard": options.clouds_per_shard}
-    settings = json.loads(json.dumps(settings, default=str))
+    # Which files there are, and in which part, is kept per shard; these decide what a shard holds.
+    settings = {key: getattr(files, key) for key in ("points", "file_columns", "up", "center")}
+    settings |= {"columns": columns, "clouds_per_shard": options.clouds_per_shard}
     _start(out, settings)
     total, done, skipped, shards = len(found.names), 0, 0, []
     with _readers(options.workers) as run:
@@ -95,15 +96,17 @@ def write_shards(
             stamp = [_stamp(found, row) for row in rows]
             folder = out / f"shard_{number:05d}"
             info = _finished(folder, stamp)
-            if info is None:
+            if info is None or (info["skipped"] and files.on_bad == "error"):
                 clouds: list[PointCloud | str] = []
+                bad = 0
                 for cloud in run([(found.root, found.names[row], files, columns) for row in rows]):
                     if isinstance(cloud, str) and files.on_bad == "error":
                         raise DataError(
                             f"{cloud}; repair or remove the file, or leave such files out with on_bad=skip, then run this again"
                         )
                     clouds.append(cloud)
-                    progress(done + len(clouds), total, skipped + sum(isinstance(cloud, str) for cloud in clouds))
+                    bad += isinstance(cloud, str)
+                    progress(done + len(clouds), total, skipped + bad)
                 info = _write_shard(folder, found, list(rows), clouds, stamp)
             done, skipped = done + len(rows), skipped + len(info["skipped"])
             progress(done, total, skipped)

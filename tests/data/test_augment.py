@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geossl.data import AugmentConfig, PointCloud
@@ -22,6 +22,7 @@ def plane(rng: np.random.Generator, normal: np.ndarray, count: int = 20) -> Poin
 seeds = st.integers(0, 2**32 - 1)
 
 
+@settings(deadline=None)
 @given(seed=seeds)
 def test_normals_stay_perpendicular_under_every_linear_map(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -105,6 +106,7 @@ def test_dropout_keeps_rows_together_and_at_least_one(rng: np.random.Generator) 
     assert len(drop_points(cloud[:1], np.random.default_rng(0), 0.999)) == 1
 
 
+@settings(deadline=None)
 @given(seed=seeds)
 def test_equal_generators_give_equal_samples(seed: int) -> None:
     config = AugmentConfig(rotation=180.0, jitter=0.01, dropout=0.3)

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import trimesh
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -259,6 +259,7 @@ def test_map_coordinates_are_refused_unless_centred(tmp_path: Path) -> None:
     assert np.allclose(read_points(tmp_path / "utm.npy", center=True).coord, XYZ - (XYZ.min(axis=0) + XYZ.max(axis=0)) / 2, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(width=st.integers(1, 12), columns=st.sampled_from(["auto", "xyz", "xyz+normal", "xyz+rgb", "all"]))
 def test_only_documented_widths_are_accepted(width: int, columns: str) -> None:
     rng = np.random.default_rng(width)
