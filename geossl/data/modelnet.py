@@ -29,7 +29,7 @@ from geossl.data.readers import read_points
 from geossl.data.sample import PointCloud
 from geossl.errors import DataError
 
-SPLITS = ("train", "test")
+SPLITS = {"train": ("train",), "test": ("test",), "all": ("train", "test")}
 
 
 @dataclass(kw_only=True)
@@ -43,19 +43,19 @@ class ModelNet40Config(PointDataConfig):
     """Folder of one of the published packagings."""
 
     def build(self, split: str) -> ModelNet40Files | ModelNet40Hdf5:
-        """Make the data set of ``split``: ``train`` or ``test``."""
+        """Make the data set of ``split``: ``train``, ``test`` or ``all``."""
         root = existing(self.root, "folder")
         if split not in SPLITS:
             raise DataError(f"modelnet40: unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-        if (root / f"{split}_files.txt").exists():
-            return ModelNet40Hdf5(self, split)
-        if (root / f"modelnet40_{split}.txt").exists():
-            return ModelNet40Files(self, *_listed(root, split))
-        if any(root.glob(f"*/{split}")):
-            return ModelNet40Files(self, *_in_folders(root, split))
+        if (root / "train_files.txt").exists():
+            return ModelNet40Hdf5(self, SPLITS[split])
+        if (root / "modelnet40_train.txt").exists():
+            return ModelNet40Files(self, *_listed(root, SPLITS[split]))
+        if any(root.glob("*/train")):
+            return ModelNet40Files(self, *_in_folders(root, SPLITS[split]))
         raise DataError(
-            f"{root}: is no known packaging of ModelNet40; expected modelnet40_{split}.txt (normal_resampled), {split}_files.txt "
-            f"(ply_hdf5_2048) or folders <class>/{split}"
+            f"{root}: is no known packaging of ModelNet40; expected modelnet40_train.txt (normal_resampled), train_files.txt "
+            "(ply_hdf5_2048) or folders <class>/train"
         )
 
 
@@ -65,25 +65,29 @@ def modelnet40() -> ModelNet40Config:
     return ModelNet40Config()
 
 
-def _listed(root: Path, split: str) -> tuple[list[Path], list[int], list[str]]:
+def _listed(root: Path, splits: tuple[str, ...]) -> tuple[list[Path], list[int], list[str]]:
     """Return files, labels and classes of ``modelnet40_normal_resampled``."""
     classes = read_lines(root / "modelnet40_shape_names.txt")
     number = {name: index for index, name in enumerate(classes)}
     paths, labels = [], []
-    for name in read_lines(root / f"modelnet40_{split}.txt"):
-        shape_class = name.rsplit("_", 1)[0]
-        if shape_class not in number:
-            raise DataError(f"{root / f'modelnet40_{split}.txt'}: {name!r} is of class {shape_class!r}, not in modelnet40_shape_names.txt")
-        text = root / shape_class / f"{name}.txt"
-        paths.append(text if text.exists() else text.with_suffix(".npy"))
-        labels.append(number[shape_class])
+    for split in splits:
+        for name in read_lines(root / f"modelnet40_{split}.txt"):
+            shape_class = name.rsplit("_", 1)[0]
+            if shape_class not in number:
+                raise DataError(
+                    f"{root / f'modelnet40_{split}.txt'}: {name!r} is of class {shape_class!r}, not in modelnet40_shape_names.txt"
+                )
+            text = root / shape_class / f"{name}.txt"
+            paths.append(text if text.exists() else text.with_suffix(".npy"))
+            labels.append(number[shape_class])
     return paths, labels, classes
 
 
-def _in_folders(root: Path, split: str) -> tuple[list[Path], list[int], list[str]]:
+def _in_folders(root: Path, splits: tuple[str, ...]) -> tuple[list[Path], list[int], list[str]]:
     """Return files, labels and classes of ``<class>/<split>/*``."""
     classes = sorted({path.parent.name for path in root.glob("*/*") if path.name in SPLITS})
-    found = [(path, label) for label, name in enumerate(classes) for path in sorted((root / name / split).glob("*.*"))]
+    folders = [(root / name / split, label) for split in splits for label, name in enumerate(classes)]
+    found = [(path, label) for folder, label in folders for path in sorted(folder.glob("*.*"))]
     return [path for path, _ in found], [label for _, label in found], classes
 
 
@@ -108,12 +112,13 @@ class ModelNet40Files(PointDataset):
 class ModelNet40Hdf5(PointDataset):
     """See :class:`ModelNet40Config`; all clouds are held in memory."""
 
-    def __init__(self, config: ModelNet40Config, split: str) -> None:
+    def __init__(self, config: ModelNet40Config, splits: tuple[str, ...]) -> None:
         root = config.root
         classes = read_lines(root / "shape_names.txt")
-        self.files = [root / Path(line).name for line in read_lines(root / f"{split}_files.txt")]
+        lists = [root / f"{split}_files.txt" for split in splits]
+        self.files = [root / Path(line).name for path in lists for line in read_lines(path)]
         if not self.files:
-            raise DataError(f"{root / f'{split}_files.txt'}: lists no files")
+            raise DataError(f"{', '.join(map(str, lists))}: lists no files")
         parts = [read_h5_clouds(path, classes=len(classes)) for path in self.files]
         super().__init__(config, np.concatenate([part["label"] for part in parts]), classes)
         self._first = np.cumsum([0] + [len(part["data"]) for part in parts])

@@ -37,7 +37,7 @@ class ScanObjectNNConfig(PointDataConfig):
     """Objects with background, without background, or the hardest: perturbed boxes, rotated and scaled."""
 
     def build(self, split: str) -> ScanObjectNNDataset:
-        """Make the data set of ``split``: ``train`` or ``test``."""
+        """Make the data set of ``split``: ``train``, ``test`` or ``all``."""
         return ScanObjectNNDataset(self, split)
 
 
@@ -51,19 +51,21 @@ class ScanObjectNNDataset(PointDataset):
     """See :class:`ScanObjectNNConfig`; all clouds are held in memory."""
 
     def __init__(self, config: ScanObjectNNConfig, split: str) -> None:
-        prefixes = {"train": "training_", "test": "test_"}
+        prefixes = {"train": ("training_",), "test": ("test_",), "all": ("training_", "test_")}
         if split not in prefixes:
             raise DataError(f"scanobjectnn: unknown split {split!r}; choose one of {', '.join(prefixes)}")
         folder, end = _FILES[config.variant]
-        self.path = existing(config.root, "folder") / folder / (prefixes[split] + end)
-        arrays = read_h5_clouds(self.path, classes=len(CLASSES))
-        self._coord = arrays["data"]
-        super().__init__(config, arrays["label"], CLASSES)
+        self.files = [existing(config.root, "folder") / folder / (prefix + end) for prefix in prefixes[split]]
+        parts = [read_h5_clouds(path, classes=len(CLASSES)) for path in self.files]
+        self._first = np.cumsum([0] + [len(part["data"]) for part in parts])
+        self._coord = np.concatenate([part["data"] for part in parts])
+        super().__init__(config, np.concatenate([part["label"] for part in parts]), CLASSES)
 
     def read(self, row: int) -> PointCloud:
         """Return the stored cloud, ``[2048]`` points."""
-        return PointCloud(np.asarray(self._coord[row], dtype=np.float32))
+        return PointCloud(self._coord[row])
 
     def source(self, row: int) -> str:
         """Return the path of the file and the row in it."""
-        return f"{self.path} row {row}"
+        file = int(np.searchsorted(self._first, row, side="right")) - 1
+        return f"{self.files[file]} row {row - self._first[file]}"

@@ -139,8 +139,8 @@ def test_modelnet_class_folders(tmp_path: Path, rng: np.random.Generator) -> Non
 def test_modelnet_errors(modelnet_resampled: Path, modelnet_hdf5: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is no known packaging of ModelNet40; expected modelnet40_train\.txt"):
         ModelNet40Config(root=tmp_path).build("train")
-    with pytest.raises(DataError, match="choose one of train, test"):
-        ModelNet40Config(root=modelnet_resampled).build("all")
+    with pytest.raises(DataError, match="unknown split 'val'; choose one of train, test, all"):
+        ModelNet40Config(root=modelnet_resampled).build("val")
     path = modelnet_resampled / "airplane" / "airplane_0001.txt"
     path.write_text(path.read_text()[:-30])  # cut within the last line
     with pytest.raises(DataError, match=r"airplane_0001\.txt: is not a table of numbers, or it is truncated"):
@@ -196,6 +196,21 @@ def test_a_nan_inside_a_file_of_many_clouds_is_located(scanobjectnn_root: Path) 
     dataset.get(0)
     with pytest.raises(DataError, match=r"test_objectdataset\.h5 row 1: coord row 77 \(from 0\) is not finite"):
         dataset.get(1)
+
+
+def test_all_is_train_then_test(modelnet_resampled: Path, modelnet_hdf5: Path, scanobjectnn_root: Path) -> None:
+    for config in (
+        ModelNet40Config(root=modelnet_resampled, points=8),
+        ModelNet40Config(root=modelnet_hdf5),
+        ScanObjectNNConfig(root=scanobjectnn_root),
+    ):
+        train, test, everything = (config.build(split) for split in ("train", "test", "all"))
+        assert everything.labels.tolist() == train.labels.tolist() + test.labels.tolist()
+        assert [everything.source(row) for row in range(len(everything))] == [
+            *[train.source(row) for row in range(len(train))],
+            *[test.source(row) for row in range(len(test))],
+        ]
+        assert np.array_equal(everything.get(len(train)).points, test.get(0).points)
 
 
 # --- choosing points
