@@ -214,7 +214,8 @@ def _classifier(name: str, protocol: ProbeProtocol, svm_c: float, samples: int =
     elif name == "linear":
         model = LogisticRegression(C=protocol.linear_c, max_iter=300)
     else:
-        model = LinearSVC(C=svm_c, random_state=0, max_iter=2000)
+        # The primal and the dual solver reach the same optimum; on correlated features the primal one is up to ten times quicker.
+        model = LinearSVC(C=svm_c, dual=False, max_iter=2000)
     return make_pipeline(StandardScaler(), model)
 
 
