@@ -23,8 +23,10 @@ def _ordinary_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    found, find = doctor._requirements(), importlib.util.find_spec
-    optional = {doctor._module(name) for extra, names in found.items() if extra for name in names} | {"pytorch3d"}
+    found, find, version = doctor._requirements(), importlib.util.find_spec, doctor._version
+    absent = {name for extra, names in found.items() if extra for name in names}
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if name in absent else version(name))
+    optional = {doctor._module(name) for name in absent} | {"pytorch3d"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in optional else find(name, *rest))
 
 
