@@ -58,10 +58,10 @@ class BatchNorm(nn.BatchNorm1d):
         """Normalise ``[N, C]``."""
         if not self.training or world_size() == 1:
             return super().forward(x)
-        x32 = x.float()
-        count = sum_over_ranks(x32.new_tensor(float(x.shape[0])))
-        mean = sum_over_ranks(x32.sum(0)) / count
-        centred = x32 - mean
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = sum_over_ranks(wide.new_tensor(float(x.shape[0])))
+        mean = sum_over_ranks(wide.sum(0)) / count
+        centred = wide - mean
         variance = sum_over_ranks(centred.square().sum(0)) / count
         self.update(mean.detach(), variance.detach(), float(count))
         return (centred * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)

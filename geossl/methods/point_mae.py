@@ -126,7 +126,8 @@ class PointMAE(nn.Module):
         tokens = self.mask_token.to(encoded.dtype).expand(mask.shape[0], -1).index_copy(0, visible_rows, encoded)
         position = self.decoder_position(groups.centers)
         decoded = self.decoder(tokens, position, groups.segments, random=random, rows=hidden_rows, row_segments=hidden)
-        return self.head(self.decoder_norm(decoded)).float().view(-1, self.backbone.config.group_size, 3)
+        prediction = self.head(self.decoder_norm(decoded)).to(groups.points.dtype)
+        return prediction.view(-1, self.backbone.config.group_size, 3)
 
     def reconstruction_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Chamfer distance between groups ``[M, K, 3]``, the mean over all groups: scalar."""

@@ -1,0 +1,66 @@
+"""Two processes with half a batch each compute what one process with the whole batch computes: losses, gradients, statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import geossl
+from geossl.geometry import PackedPoints, PointBatch
+from geossl.layers import BatchNorm
+from geossl.methods import METHODS
+
+
+def model_and_clouds():
+    torch.manual_seed(0)
+    backbone = geossl.create_backbone("point_vit_tiny", dim=16, depth=2, heads=2, groups=8, group_size=4, drop_path=0.2).double()
+    method = dataclasses.replace(METHODS.config("point_mae"), decoder_depth=1, decoder_heads=2).build(backbone).double().train()
+    return method, torch.randn(4, 40, 3, dtype=torch.float64), BatchNorm(6).double().train(), torch.randn(10, 6, dtype=torch.float64)
+
+
+def one_step(method, points, norm, rows, slot, weight):
+    batch = PointBatch(PackedPoints.from_padded(points), slot=slot, global_size=4)
+    loss = method(batch, generator=torch.Generator().manual_seed(3)).loss
+    out = norm(rows)
+    (loss + (out * weight).sum()).backward()
+    gradients = [p.grad for p in (*method.parameters(), *norm.parameters())]
+    buffers = [b.double() for b in (*method.buffers(), *norm.buffers())]
+    return loss.detach(), gradients, buffers, out.detach()
+
+
+def run_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    method, points, norm, rows = model_and_clouds()
+    slot, weight = torch.arange(rank, 4, 2), torch.arange(60.0, dtype=torch.float64).view(10, 6)
+    part = slice(0, 3) if rank == 0 else slice(3, 10)  # uneven halves for the plain batch norm
+    torch.save(one_step(method, points[slot], norm, rows[part], slot, weight[part]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    method, points, norm, rows = model_and_clouds()
+    loss, gradients, buffers, out = one_step(method, points, norm, rows, None, torch.arange(60.0, dtype=torch.float64).view(10, 6))
+
+    exact = {"rtol": 1e-8, "atol": 1e-10}
+    torch.testing.assert_close((parts[0][0] + parts[1][0]) / 2, loss, **exact)
+    torch.testing.assert_close(torch.cat([parts[0][3], parts[1][3]]), out, **exact)
+    methods = len(list(method.parameters()))
+    for i, expected in enumerate(gradients):
+        total = parts[0][1][i] + parts[1][1][i]
+        # The method's loss is a mean over the batch, so data-parallel training averages; the batch norm's here is a sum.
+        torch.testing.assert_close(total / 2 if i < methods else total, expected, **exact)
+    for part in parts:
+        for mine, expected in zip(part[2], buffers, strict=True):
+            torch.testing.assert_close(mine, expected, **exact)
