@@ -9,7 +9,13 @@ namespace {
 
 constexpr int64_t kBytesPerThread = int64_t{1} << 20;  // moved memory that a thread is worth starting for
 
-// out[row] += factor * grad[entry], entry by entry, for a range of channels.
+GEOSSL_SIMD bool in_range(const int64_t* index, int64_t count, int64_t n) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong |= (index[i] < -1) | (index[i] >= n);
+  return wrong == 0;
+}
+
+// out[row] += grad[entry], entry by entry, for a range of channels.
 template <class T>
 void add_rows(const T* grad, int64_t channels, const int64_t* index, int64_t entries, int64_t c0, int64_t c1, int64_t n, T* out) {
   for (int64_t row = 0; row < n; ++row) std::fill(out + row * channels + c0, out + row * channels + c1, T(0));
@@ -45,12 +51,13 @@ GEOSSL_API int geossl_group_cpu(int threads, int64_t row_bytes, const void* feat
                                 int64_t entries, const void* fill, void* out) {
   using namespace geossl;
   if (row_bytes < 0 || n < 0 || batch < 0 || entries < 0) return GEOSSL_INVALID_ARGUMENT;
+  if (!in_range(index, batch * entries, n)) return GEOSSL_INVALID_ARGUMENT;
   return guarded([&] {
     parallel_for(threads, batch * entries, kBytesPerThread / std::max<int64_t>(row_bytes, 1), [&](int64_t e0, int64_t e1) {
       for (int64_t e = e0; e < e1; ++e) {
         char* to = static_cast<char*>(out) + e * row_bytes;
         const int64_t row = index[e];
-        if (row >= 0 && row < n)
+        if (row >= 0)
           std::memcpy(to, static_cast<const char*>(features) + (e / entries * n + row) * row_bytes, static_cast<size_t>(row_bytes));
         else if (fill)
           std::memcpy(to, fill, static_cast<size_t>(row_bytes));

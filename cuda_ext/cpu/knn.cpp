@@ -107,23 +107,6 @@ GEOSSL_SIMD int64_t count_finite(const int64_t* values, int64_t n) {
   return total;
 }
 
-// Collects the points of all groups whose minimum is not over the bound; returns how many of them are not over it either.
-template <class T>
-GEOSSL_INLINE int64_t collect(const Bits<T>* distance, int64_t n, const Bits<T>* minima, int64_t groups, Bits<T> bound, Key<T>* keys,
-                              int32_t* chosen) {
-  int64_t chosen_count = 0, count = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    chosen[chosen_count] = static_cast<int32_t>(g);
-    chosen_count += minima[g] <= bound;
-  }
-  for (int64_t c = 0; c < chosen_count; ++c)
-    for (int64_t i = chosen[c]; i < n; i += groups) {
-      keys[count] = make_key(distance[i], static_cast<int32_t>(i));
-      count += distance[i] <= bound;
-    }
-  return count;
-}
-
 template <class T>
 struct BruteMemory {
   Scratch<T> x, y, z;
@@ -136,25 +119,27 @@ template <class T>
 class BruteForce {
  public:
   BruteForce(const T* points, int64_t n, int64_t k, BruteMemory<T>& memory) : n_(n), memory_(memory) {
-    groups_ = 64;
-    while (groups_ < 4 * k && groups_ < n) groups_ *= 2;
+    // Whole vectors, enough groups for a close bound, and not so many that their minima cost more than the distances.
+    groups_ = 16;
+    while (groups_ < 8 * k + 64 && groups_ < n / 4) groups_ *= 2;
     padded_ = (n + groups_ - 1) / groups_ * groups_;
     soa_ = {memory.x.get(padded_), memory.y.get(padded_), memory.z.get(padded_)};
-    for (int64_t i = 0; i < n; ++i) soa_.x[i] = points[3 * i], soa_.y[i] = points[3 * i + 1], soa_.z[i] = points[3 * i + 2];
+    split_axes(points, n, soa_);
     for (T* axis : {soa_.x, soa_.y, soa_.z}) std::fill(axis + n, axis + padded_, std::numeric_limits<T>::infinity());
     distance_ = memory.distance.get(padded_);
     minima_ = memory.minima.get(groups_);
-    keys_ = memory.keys.get(padded_ + 1);
+    keys_ = memory.keys.get(padded_);
     sorted_ = memory.sorted.get(k + 1);
-    chosen_ = memory.chosen.get(groups_ + 1);
+    chosen_ = memory.chosen.get(padded_ + 16);
   }
 
   void nearest(const Search<T>& s, int64_t row, int64_t self, int64_t base) {
     const T* q = s.query + 3 * row;
     all_distances(soa_, padded_, groups_, q[0], q[1], q[2], s.limit(row), distance_, minima_);
     if (self >= 0 && self < n_) leave_out(self);
-    const Bits<T> bound = upper_bound_of_kth(minima_, groups_, s.k);
-    const int64_t count = collect<T>(distance_, padded_, minima_, groups_, bound, keys_, chosen_);
+    const Bits<T> bound = s.k <= groups_ ? upper_bound_of_kth(minima_, groups_, s.k) : to_bits(std::numeric_limits<T>::max());
+    const int64_t count = indices_up_to(distance_, padded_, bound, chosen_);
+    for (int64_t i = 0; i < count; ++i) keys_[i] = make_key(distance_[chosen_[i]], chosen_[i]);
     write_row(s, row, sorted_, select_smallest(keys_, count, s.k, sorted_), base);
     if (s.count) s.count[row] = count_finite(distance_, padded_);
   }

@@ -82,6 +82,10 @@ struct Soa {
   T *x, *y, *z;
 };
 
+// Copies n rows of three coordinates into three arrays.
+void split_axes(const float* rows, int64_t n, const Soa<float>& to);
+void split_axes(const double* rows, int64_t n, const Soa<double>& to);
+
 // Runs the body of an exported function for float or double (it is given a zero of the type); it returns a status code.
 template <class F>
 int for_type(int is_double, F&& body) noexcept {

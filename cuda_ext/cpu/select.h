@@ -32,16 +32,15 @@ GEOSSL_INLINE int64_t bits_of_key(const DoubleKey& key) { return key.bits; }
 GEOSSL_INLINE int32_t index_of_key(int64_t key) { return static_cast<int32_t>(key); }
 GEOSSL_INLINE int32_t index_of_key(const DoubleKey& key) { return key.index; }
 
+// Writes the numbers of the values that do not exceed `bound`, ascending, and returns how many. n is a multiple of 16; `found` has room
+// for n + 16.
+int64_t indices_up_to(const int32_t* values, int64_t n, int32_t bound, int32_t* found);
+int64_t indices_up_to(const int64_t* values, int64_t n, int64_t bound, int32_t* found);
+
 constexpr int64_t kRankSort = 160;  // up to this many keys are sorted by counting smaller ones: no branches, all lanes busy
 
-GEOSSL_SIMD inline void rank_sort(const int64_t* GEOSSL_RESTRICT keys, int64_t n, int64_t k, int64_t* GEOSSL_RESTRICT sorted) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t key = keys[i];
-    int64_t rank = 0;
-    for (int64_t j = 0; j < n; ++j) rank += keys[j] < key;
-    if (rank < k) sorted[rank] = key;
-  }
-}
+// Writes the k smallest of n distinct keys in order.
+void rank_sort(const int64_t* keys, int64_t n, int64_t k, int64_t* sorted);
 
 // Puts the min(k, n) smallest of n distinct keys into `sorted`, ascending, and returns how many. Reorders `keys`.
 template <class K>

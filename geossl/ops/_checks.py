@@ -74,7 +74,7 @@ def positive(op: str, name: str, value: Any, zero: str = "") -> int:
 def integers(op: str, name: str, value: Any, size: int, like: Tensor, what: str) -> Tensor:
     """Check an integer tensor ``[size]`` on the device of the points and return it as contiguous int64."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: {name} must be an int64 or int32 tensor {what}, got {describe(value)}; use torch.tensor(..., dtype=torch.int64)")
+        raise TypeError(f"{op}: {name} must be an int64 or int32 tensor {what}, got {describe(value)}; convert it with .long()")
     if value.dim() != 1 or value.shape[0] != size:
         raise ValueError(f"{op}: {name} must be {what} = [{size}], got {describe(value)}")
     same_device(op, name, value, like)
@@ -104,24 +104,24 @@ def read_values(tensor: Tensor) -> bool:
     return not tensor.is_cuda or os.environ.get("GEOSSL_CHECKS", "0") not in ("", "0")
 
 
-def offset_values(op: str, offsets: Tensor | None, rows: int, prefix: str = "") -> None:
-    """Check that offsets start at 0, never fall, and end at the number of rows."""
-    if offsets is None or not read_values(offsets):
-        return
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] != rows or values != sorted(values):
-        shown = f"{values[:8]}{'...' if len(values) > 8 else ''}"
-        raise ValueError(
-            f"{op}: {prefix}offsets must start at 0, never decrease, and end at the number of rows ({rows}), got {shown} ending at {values[-1]}; "
-            "make them with geossl.ops.offsets_from_batch (sorted cloud numbers), offsets_from_lengths or offsets_from_ends"
-        )
+def offset_values(op: str, offsets: Tensor, rows: int, prefix: str = "") -> Tensor:
+    """Check that offsets start at 0, never fall, and end at the number of rows; return them contiguous."""
+    if read_values(offsets):
+        values = offsets.tolist()
+        if values[0] != 0 or values[-1] != rows or values != sorted(values):
+            shown = f"{values[:8]}{'...' if len(values) > 8 else ''}"
+            raise ValueError(
+                f"{op}: {prefix}offsets must start at 0, never decrease, and end at the number of rows ({rows}), got {shown} ending at "
+                f"{values[-1]}; make them with offsets_from_batch, offsets_from_lengths or offsets_from_ends of geossl.ops"
+            )
+    return offsets.contiguous()
 
 
-def length_values(op: str, lengths: Tensor | None, capacity: int, prefix: str = "") -> None:
-    """Check that lengths lie between 0 and the padded size."""
-    if lengths is None or lengths.shape[0] == 0 or not read_values(lengths):
-        return
-    low, high = (int(value) for value in torch.aminmax(lengths)) if lengths.shape[0] > 64 else (min(lengths.tolist()), max(lengths.tolist()))
-    if low < 0 or high > capacity:
-        wrong = low if low < 0 else high
-        raise ValueError(f"{op}: {prefix}lengths must lie between 0 and {capacity}, the padded size of the clouds; got {wrong}")
+def length_values(op: str, lengths: Tensor, capacity: int, prefix: str = "") -> Tensor:
+    """Check that lengths lie between 0 and the padded size; return them contiguous."""
+    if read_values(lengths):
+        values = lengths.tolist()
+        wrong = [value for value in (min(values, default=0), max(values, default=0)) if not 0 <= value <= capacity]
+        if wrong:
+            raise ValueError(f"{op}: {prefix}lengths must lie between 0 and {capacity}, the padded size of the clouds; got {wrong[0]}")
+    return lengths.contiguous()

@@ -23,7 +23,8 @@ def _run(
     points = points.contiguous()
     batch, n = (points.shape[0], points.shape[1]) if offsets is None else (offsets.shape[0] - 1, points.shape[0])
     workspace = None
-    lengths, starts, mask = (None if t is None else t.contiguous() for t in (lengths, starts, mask))
+    if lengths is not None or starts is not None or mask is not None:
+        lengths, starts, mask = (None if t is None else t.contiguous() for t in (lengths, starts, mask))
     pointer = _dispatch.pointer
     _sample[kind](
         *_dispatch.place(kind, points), points.dtype == torch.float64, points.data_ptr(), pointer(offsets), pointer(lengths), batch, n,
@@ -48,7 +49,8 @@ def _start_values(points: Tensor, sizes: list[int] | int, start: int, starts: Te
 
 
 def _padded_values(points: Tensor, lengths: Tensor | None, start: int, starts: Tensor | None) -> None:
-    _checks.length_values(_OP, lengths, points.shape[1])
+    if lengths is not None:
+        _checks.length_values(_OP, lengths, points.shape[1])
     if start != 0 or starts is not None:
         _start_values(points, points.shape[1] if lengths is None or points.is_cuda else lengths.tolist(), start, starts)
 
@@ -57,7 +59,7 @@ def _fps_native(
     kind: Any, points: Tensor, k: int, lengths: Tensor | None, start: int, starts: Tensor | None, mask: Tensor | None, min_sq_norm: float
 ) -> Tensor:
     _padded_values(points, lengths, start, starts)
-    out = torch.empty((points.shape[0], k), dtype=torch.int64, device=points.device)
+    out = points.new_empty(points.shape[0], k, dtype=torch.int64)
     return _run(kind, points, None, lengths, None, k, start, starts, mask, min_sq_norm, out)
 
 

@@ -18,18 +18,18 @@ class Neighbors(NamedTuple):
 
     distance: Tensor
     """Squared distances, ascending, +inf where there is no neighbour."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     """Indices int64, -1 where there is no neighbour."""
 
 
 class BallNeighbors(NamedTuple):
     """Result of :func:`ball_query`; rows follow the queries, ``[B, Q, k]`` or packed ``[M, k]``."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     """Indices int64, -1 where there is no neighbour."""
     distance: Tensor
     """Squared distances, +inf where there is no neighbour."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     """Number of points in the ball, also those beyond k: ``[B, Q]`` or ``[M]`` int64."""
 
 
@@ -46,50 +46,56 @@ _backward_c = _dispatch.functions(
 )
 
 
-def _check_values(
+def _clouds(
+    query: Tensor, points: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, query_offsets: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[int | None, ...]:  # fmt: skip
+    """Return the C arguments that describe contiguous clouds, whose batching has been through :func:`_batching`."""
+    pointer = _dispatch.pointer
+    batch = query.shape[0] if offsets is None else offsets.shape[0] - 1
+    return (
+        query.data_ptr(), pointer(query_offsets), pointer(query_lengths), query.shape[-2],
+        points.data_ptr(), pointer(offsets), pointer(lengths), points.shape[-2], batch,
+    )  # fmt: skip
+
+
+def _batching(
     op: str, query: Tensor, points: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, query_offsets: Tensor | None,
     offsets: Tensor | None,
-) -> None:  # fmt: skip
-    _checks.length_values(op, query_lengths, query.shape[-2], "query_")
-    _checks.length_values(op, lengths, points.shape[-2])
-    _checks.offset_values(op, query_offsets, query.shape[0], "query_")
-    _checks.offset_values(op, offsets, points.shape[0])
-
-
-def _clouds(
-    query: Tensor, points: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, query_offsets: Tensor | None, offsets: Tensor | None
-) -> tuple[list[Tensor | None], tuple[int | None, ...]]:
-    """Return contiguous tensors (to be kept alive) and the C arguments that describe them."""
-    kept = [None if t is None else t.contiguous() for t in (query, query_offsets, query_lengths, points, offsets, lengths)]
-    q, qo, ql, p, o, n = (_dispatch.pointer(t) for t in kept)
-    batch = query.shape[0] if offsets is None else offsets.shape[0] - 1
-    return kept, (q, qo, ql, query.shape[-2], p, o, n, points.shape[-2], batch)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Check the values of lengths and offsets and return them contiguous."""
+    if query_lengths is not None:
+        query_lengths = _checks.length_values(op, query_lengths, query.shape[-2], "query_")
+    if lengths is not None:
+        lengths = _checks.length_values(op, lengths, points.shape[-2])
+    if offsets is not None and query_offsets is not None:
+        query_offsets = _checks.offset_values(op, query_offsets, query.shape[0], "query_")
+        offsets = _checks.offset_values(op, offsets, points.shape[0])
+    return query_lengths, lengths, query_offsets, offsets
 
 
 def _knn_native(
     kind: Any, query: Tensor, points: Tensor, k: int, query_lengths: Tensor | None, lengths: Tensor | None,
     query_offsets: Tensor | None, offsets: Tensor | None, radius: float, exclude_self: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_values("knn", query, points, query_lengths, lengths, query_offsets, offsets)
-    kept, clouds = _clouds(query, points, query_lengths, lengths, query_offsets, offsets)
-    shape = (*query.shape[:-1], k)
-    distance = torch.empty(shape, dtype=query.dtype, device=query.device)
-    index = torch.empty(shape, dtype=torch.int64, device=query.device)
+    query, points = query.contiguous(), points.contiguous()
+    batching = _batching("knn", query, points, query_lengths, lengths, query_offsets, offsets)
+    distance, index = _knn_fake(query, points, k)
     _knn_c[kind](
-        *_dispatch.place(kind, query), query.dtype == torch.float64, *clouds, k, radius, exclude_self, distance.data_ptr(), index.data_ptr()
-    )
-    del kept
+        *_dispatch.place(kind, query), query.dtype == torch.float64, *_clouds(query, points, *batching), k, radius, exclude_self,
+        distance.data_ptr(), index.data_ptr(),
+    )  # fmt: skip
     return distance, index
 
 
 def _knn_twin(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check_values("knn", query, points, *rest[:4])
+    _batching("knn", query, points, *rest[:4])
     return reference.knn(query, points, k, *rest)
 
 
 def _knn_fake(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = (*query.shape[:-1], k)
-    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+    shape = query.shape[:-1]  # numbers one by one: torch takes them twice as fast as a tuple
+    return query.new_empty(*shape, k), query.new_empty(*shape, k, dtype=torch.int64)
 
 
 _knn = _dispatch.define(
@@ -105,31 +111,28 @@ def _ball_native(
     kind: Any, query: Tensor, points: Tensor, k: int, query_lengths: Tensor | None, lengths: Tensor | None,
     query_offsets: Tensor | None, offsets: Tensor | None, radius: float, radii: Tensor | None, first: bool, repeat: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values("ball_query", query, points, query_lengths, lengths, query_offsets, offsets)
+    query, points = query.contiguous(), points.contiguous()
+    batching = _batching("ball_query", query, points, query_lengths, lengths, query_offsets, offsets)
     _check_radii(radii)
-    kept, clouds = _clouds(query, points, query_lengths, lengths, query_offsets, offsets)
     radii = None if radii is None else radii.to(query.dtype).contiguous()
-    shape = (*query.shape[:-1], k)
-    index = torch.empty(shape, dtype=torch.int64, device=query.device)
-    distance = torch.empty(shape, dtype=query.dtype, device=query.device)
-    count = torch.empty(shape[:-1], dtype=torch.int64, device=query.device)
+    index, distance, count = _ball_fake(query, points, k)
     _ball_c[kind](
-        *_dispatch.place(kind, query), query.dtype == torch.float64, *clouds, k, radius, _dispatch.pointer(radii), first, repeat,
-        distance.data_ptr(), index.data_ptr(), count.data_ptr(),
+        *_dispatch.place(kind, query), query.dtype == torch.float64, *_clouds(query, points, *batching), k, radius,
+        _dispatch.pointer(radii), first, repeat, distance.data_ptr(), index.data_ptr(), count.data_ptr(),
     )  # fmt: skip
-    del kept
     return index, distance, count
 
 
 def _ball_twin(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_values("ball_query", query, points, *rest[:4])
+    _batching("ball_query", query, points, *rest[:4])
     _check_radii(rest[5])
     return reference.ball_query(query, points, k, *rest)
 
 
 def _ball_fake(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (*query.shape[:-1], k)
-    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape), query.new_empty(shape[:-1], dtype=torch.int64)
+    shape = query.shape[:-1]
+    index, count = query.new_empty(*shape, k, dtype=torch.int64), query.new_empty(*shape, dtype=torch.int64)
+    return index, query.new_empty(*shape, k), count
 
 
 def _check_radii(radii: Tensor | None) -> None:

@@ -255,14 +255,15 @@ def _nearest(query: Tensor, cloud: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 def chamfer(
     x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, x_offsets: Tensor | None, y_offsets: Tensor | None,
     norm: str, direction: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss of every pair of clouds ``[B]`` and the nearest rows of ``y`` for all rows of ``x``, and the reverse.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the loss of every pair of clouds ``[B]``, and the nearest row of ``y`` for each row of ``x``, followed by the reverse.
 
-    Row numbers are those of ``reshape(-1, 3)``, -1 for none; the output of a direction that is not asked for is empty.
+    Rows are numbered as in ``reshape(-1, 3)``, -1 for none; a direction that is not asked for has no entries.
     """
     x_rows, y_rows = x.reshape(-1, 3), y.reshape(-1, 3)
-    nearest_y = torch.full((x_rows.shape[0] if direction != "y" else 0,), -1, dtype=torch.int64, device=x.device)
-    nearest_x = torch.full((y_rows.shape[0] if direction != "x" else 0,), -1, dtype=torch.int64, device=x.device)
+    x_entries, y_entries = (0 if direction == "y" else x_rows.shape[0]), (0 if direction == "x" else y_rows.shape[0])
+    both = torch.full((x_entries + y_entries,), -1, dtype=torch.int64, device=x.device)
+    nearest_y, nearest_x = both.split([x_entries, y_entries])
     losses = []
 
     def mean_distance(rows: Tensor, own: slice, others: Tensor, other: slice, nearest: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ def chamfer(
         if direction != "x":
             total = total + mean_distance(y_rows, b, x_rows, a, nearest_x)
         losses.append(total)
-    return torch.stack(losses).to(x.dtype) if losses else x.new_zeros(0), nearest_y, nearest_x
+    return torch.stack(losses).to(x.dtype) if losses else x.new_zeros(0), both
 
 
 def _cloud_of_row(rows: Tensor, offsets: Tensor | None) -> Tensor:
@@ -304,12 +305,14 @@ def _pull(grad: Tensor, rows: Tensor, others: Tensor, index: Tensor, cloud: Tens
 
 
 def chamfer_backward(
-    grad: Tensor, x: Tensor, y: Tensor, nearest_y: Tensor, nearest_x: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None,
-    x_offsets: Tensor | None, y_offsets: Tensor | None, norm: str, direction: str,
+    grad: Tensor, x: Tensor, y: Tensor, nearest: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, x_offsets: Tensor | None,
+    y_offsets: Tensor | None, norm: str, direction: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`chamfer` with respect to both clouds; differentiable once more."""
     x_rows, y_rows = x.reshape(-1, 3), y.reshape(-1, 3)
     grad_x, grad_y = torch.zeros_like(x_rows), torch.zeros_like(y_rows)
+    x_entries = 0 if direction == "y" else x_rows.shape[0]
+    nearest_y, nearest_x = nearest[:x_entries], nearest[x_entries:]
     if x_rows.shape[0] and y_rows.shape[0]:
         if direction != "y":
             pull = _pull(grad, x_rows, y_rows, nearest_y, _cloud_of_row(x, x_offsets), norm)
