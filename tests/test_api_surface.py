@@ -67,6 +67,8 @@ def describe(value: Any) -> str | dict[str, str]:
     """A function is its signature; a class its constructor and the public methods and properties it defines; a value its type."""
     if not inspect.isclass(value):
         return signature(value) if callable(value) and hasattr(value, "__name__") else f"a {type(value).__name__}"
+    if issubclass(value, BaseException):  # what their constructor shows depends on the version of Python
+        return f"exception ({', '.join(base.__name__ for base in value.__bases__)})"
     members = {"()": signature(value)}
     for name, member in sorted(vars(value).items()):
         if name.startswith("_"):

@@ -137,7 +137,7 @@ def _devices() -> Iterator[Finding]:
 
     section = "devices"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(section, "cpu", "ok", f"{_processor()}, {cores} cores usable, torch uses {torch.get_num_threads()} threads")
+    yield Finding(section, "cpu", "ok", f"{_processor()}, {cores} cores, {torch.get_num_threads()} used by torch")
     if not torch.cuda.is_available():
         why = (
             "torch is a CPU build"

@@ -110,7 +110,7 @@ def test_loaded_libraries_show_what_is_in_them(monkeypatch):
 
 def test_devices(monkeypatch):
     found = by_name(list(doctor._devices()))
-    assert f"torch uses {torch.get_num_threads()} threads" in found["cpu"].value
+    assert f" cores, {torch.get_num_threads()} used by torch" in found["cpu"].value
     assert found["cuda"].state == "missing"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
