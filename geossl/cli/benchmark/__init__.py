@@ -1,0 +1,126 @@
+"""``geossl benchmark``: CPU time and memory beside the machine's own floor and beside peers.
+
+    benchmark.py steps  --json FILE [--method point_mae]    training steps, optimiser, feature extraction
+    benchmark.py ops    --json FILE [--rows 'knn/*']        operators at the sizes models use, and the overhead of a call
+    benchmark.py data   --json FILE                         a batch, as a share of the step it feeds
+    benchmark.py import --json FILE                         what importing geossl adds to importing torch
+
+Writes a JSON list of rows and prints a table; docs/benchmarks.md says what a row means. Peers are measured where they can be imported.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geossl.config import load_config, require, split_arguments
+from geossl.errors import ConfigError, unknown_name
+
+SUITES = ("steps", "ops", "data", "import")
+
+# Pools of threads of torch and of the libraries peers use; read when each of them is loaded.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TBB_NUM_THREADS")
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """Measure CPU time and memory of training steps, operators, data loading or the import, beside floor and peers."""
+
+    json: Path | None = None
+    """File to write the rows to; none: only the table."""
+    threads: int = 1
+    """Threads torch, the operators and the peers may use."""
+    method: str = "point_mae"
+    """Self-supervised method whose step is measured (steps, data)."""
+    rows: str = "*"
+    """Only rows whose name matches this shell-style pattern."""
+    repeats: int = 7
+    """Samples of each row; calls of more than two seconds are sampled three times at most."""
+    quick: bool = False
+    """Tiny inputs and two samples: shows that everything runs; the numbers mean nothing."""
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 1, "threads", "must be at least 1", self.threads)
+        require(self.repeats >= 1, "repeats", "must be at least 1", self.repeats)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code, which does not depend on any time measured."""
+    argv = sys.argv[1:] if argv is None else argv
+    suite, args = split_arguments(argv)
+    if suite is None:
+        print((__doc__ or "").replace("``", ""))
+        load_config(BenchmarkConfig, None, args, prog="benchmark steps|ops|data|import")  # the flags, for --help
+        raise ConfigError(f"benchmark: say first what to measure: {', '.join(SUITES)}")
+    if suite not in SUITES:
+        raise unknown_name("benchmark", suite, SUITES)
+    config = load_config(BenchmarkConfig, None, args, prog=f"benchmark {suite}")
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(config.threads)
+    import torch
+
+    torch.set_num_threads(config.threads)
+    rows = run_suite(suite, config)
+    _show(rows)
+    if config.json is not None:
+        from geossl.data.files import atomic_write
+
+        text = json.dumps([row.as_json() for row in rows], indent=1, allow_nan=False) + "\n"
+        atomic_write(config.json, lambda file: file.write(text.encode()))
+        print(f"written to {config.json}")
+    return 0
+
+
+def run_suite(suite: str, config: BenchmarkConfig) -> list[Any]:
+    """Measure all rows of a suite that ``config.rows`` matches; returns :class:`geossl.cli.benchmark.row.Row` objects."""
+    from geossl.cli.benchmark.measure import measure
+
+    with tempfile.TemporaryDirectory(prefix="geossl_benchmark_") as folder:
+        found = _cases(suite, config, Path(folder))
+        wanted = fnmatch.filter(found, config.rows)
+        if not wanted:
+            raise ConfigError(f"rows: no row of the {suite} benchmark matches {config.rows!r}; there are: {', '.join(found)}")
+        rows = []
+        for name in wanted:
+            print(f"measuring {name}", file=sys.stderr, flush=True)
+            rows.append(measure(suite, name, found[name](), 2 if config.quick else config.repeats))
+    return rows
+
+
+def _cases(suite: str, config: BenchmarkConfig, folder: Path) -> dict[str, Callable[[], Any]]:
+    if suite == "steps":
+        from geossl.cli.benchmark import steps
+
+        return steps.cases(config.method, config.quick)
+    if suite == "ops":
+        from geossl.cli.benchmark import ops
+
+        return ops.cases(config.quick)
+    if suite == "data":
+        from geossl.cli.benchmark import data
+
+        return data.cases(config.method, config.quick, folder)
+    from geossl.cli.benchmark import imports
+
+    return imports.cases(config.quick)
+
+
+def _show(rows: list[Any]) -> None:
+    from rich.console import Console
+
+    from geossl.cli.benchmark.row import table_of
+
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table_of(rows))
+    for row in rows:
+        for peer in row.peers:
+            if peer.differs:
+                console.print(f"{row.name}: {peer.name}: {peer.differs}", markup=False)
+    console.print(f"load average {rows[-1].load_average}; {rows[-1].machine}", markup=False, highlight=False)

@@ -1,0 +1,80 @@
+"""What a batch costs, as a share of the training step it feeds: made in the training process, without workers to hide the cost."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from geossl.cli.benchmark.clouds import surfaces
+from geossl.cli.benchmark.measure import Case, clock, nbytes
+from geossl.cli.benchmark.steps import DTYPES, build_step, step_run
+from geossl.data import DATASETS, FileOptions, ShardOptions, build_loader, write_shards
+
+SHARE = 0.05
+"""Largest share of a training step that loading its batch may cost."""
+
+
+def cases(method: str, quick: bool, folder: Path) -> dict[str, Callable[[], Case]]:
+    """Return the cases of this suite by name; ``folder`` is a place for a shard set, which is gone afterwards."""
+    released, quickstart = ((2, 64), (4, 64)) if quick else ((8, 2048), (32, 1024))
+    shards = functools.partial(_shards, folder, *((16, 256) if quick else (64, 8192)))
+    make = functools.partial(_case, method, quick)
+    return {
+        f"objects/{quickstart[0]}x{quickstart[1]}": functools.partial(make, _objects, quickstart, "quickstart"),
+        f"shards/{released[0]}x{released[1]}": functools.partial(make, shards, released, "released"),
+        f"shards/{quickstart[0]}x{quickstart[1]}": functools.partial(make, shards, quickstart, "quickstart"),
+    }
+
+
+def _case(method: str, quick: bool, build: Callable[[int], tuple[Any, str]], size: tuple[int, int], step: str) -> Case:
+    clouds, points = size
+    dataset, stored = build(points)
+    loader = build_loader(dataset, clouds, seed=0)
+    coord = next(loader).points.coord
+    seconds = _step_seconds(method, step, quick)
+    return Case(
+        inputs=f"{clouds} x {points:,} points from {stored}: random subset, normalised and augmented",
+        run=lambda: next(loader),
+        moved=2 * nbytes(coord),
+        moved_is="coordinates of the batch read and written once",
+        flop=0,
+        flop_is="none",
+        target=None if quick else SHARE * seconds,
+        share_of=seconds,
+    )
+
+
+def _objects(points: int) -> tuple[Any, str]:
+    config = DATASETS.config("objects")
+    config.points = points
+    return config.build("train"), "the embedded objects (in memory)"
+
+
+def _shards(folder: Path, clouds: int, stored: int, points: int) -> tuple[Any, str]:
+    root = folder / "shards"
+    if not root.exists():
+        source = folder / "source"
+        source.mkdir()
+        for row, cloud in enumerate(surfaces(clouds, stored)):
+            np.save(source / f"{row:04d}.npy", cloud.numpy())
+        write_shards(source, root, FileOptions(points=stored, test_fraction=0.0), ShardOptions(columns="xyz"))
+    config = DATASETS.config("shards")
+    config.root, config.points = root, points
+    return config.build("train"), f"shards of {stored:,} points per cloud (mapped)"
+
+
+@functools.cache
+def _step_seconds(method: str, size: str, quick: bool) -> float:
+    """CPU seconds of the training step, in the quicker data type: the best of three."""
+    seconds = []
+    for dtype in DTYPES:
+        run = step_run(build_step(method, size, quick), dtype)
+        run()
+        seconds += [clock(run, 1).cpu for _ in range(3)]
+    torch.manual_seed(0)
+    return min(seconds)

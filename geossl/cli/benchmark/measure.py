@@ -1,0 +1,276 @@
+"""How one row is measured: CPU and wall time of a call and of its peers in turn, peak memory, and the floor below which it cannot go.
+
+The floor is the larger of two times: the counted floating point operations at the rate of the machine's own matrix product, and the bytes
+that must at least be moved at the rate of its own copy. Both rates are measured in the same process, per CPU second and data type.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import geossl
+from geossl.cli.benchmark.row import Peer, Row
+from geossl.ops import native_info
+
+GEMM_SHAPES = ((512, 1536, 384), (512, 384, 1536), (2048, 256, 128), (2048, 512, 256))
+"""Rows, columns and inner size of the matrix products timed for the floor: those of a transformer's MLP and of the token embedding."""
+
+SAMPLE_SECONDS = 0.02  # quick calls are repeated within one sample until it lasts this long
+SLOW_SECONDS = 2.0  # slower calls are sampled SLOW_REPEATS times at most
+SLOW_REPEATS = 3
+
+
+class Sample(NamedTuple):
+    """One measurement of a call."""
+
+    cpu: float  # seconds of process CPU time
+    wall: float  # seconds
+    peak: float | None  # MiB, highest resident memory meanwhile
+    rise: float | None  # MiB, peak over the resident memory before
+
+
+def clock(run: Callable[[], Any], calls: int) -> Sample:
+    """Time ``calls`` calls of ``run``; times are per call."""
+    before = reset_peak_memory()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        run()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    peak = peak_memory()
+    return Sample(cpu / calls, wall / calls, peak, None if peak is None or before is None else max(peak - before, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to measure, with its peers.
+
+    Args:
+        inputs: What it is given, in words.
+        run: The call; what it returns is the answer the peers' answers are compared with.
+        moved: Bytes that must at least be read and written.
+        moved_is: What ``moved`` counts.
+        flop: Floating point operations; None counts those of the matrix products of one run.
+        flop_is: What ``flop`` counts.
+        dtype: Type of the matrix products (and of what is moved).
+        peers: Other ways to the same answer.
+        differs: ``differs(answer, answer of a peer)`` says in words how they differ, "" when they agree.
+        target: Seconds of CPU time to stay below, or None.
+        share_of: CPU seconds of the step this is a part of, or None.
+        clock: How ``run`` is timed; a case that runs elsewhere brings its own.
+    """
+
+    inputs: str
+    run: Callable[[], Any]
+    moved: int
+    moved_is: str
+    flop: int | None = None
+    flop_is: str = "matrix products of one run"
+    dtype: torch.dtype = torch.float32
+    peers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    differs: Callable[[Any, Any], str] = lambda ours, theirs: ""
+    target: float | None = None
+    share_of: float | None = None
+    clock: Callable[[Callable[[], Any], int], Sample] = clock
+
+
+def measure(suite: str, name: str, case: Case, repeats: int) -> Row:
+    """Compare the answers, then time the case and its peers in turn, ``repeats`` times."""
+    peers = {title: Peer(name=title) for title in case.peers}
+    runs: dict[str, Callable[[], Any]] = {"": case.run}
+    answer = case.run()
+    for title, run in case.peers.items():
+        try:
+            peers[title].differs = case.differs(answer, run())
+        except Exception as error:  # another package's fault is a finding about that package; the row says so
+            peers[title].differs = f"failed: {type(error).__name__}: {error}"
+        else:
+            runs[title] = run
+    flop = case.flop if case.flop is not None else count_flop(case.run)
+    del answer
+    gc.collect()
+    first = {title: case.clock(run, 1) for title, run in runs.items()}
+    calls = {title: max(1, round(SAMPLE_SECONDS / max(sample.cpu, 1e-7))) for title, sample in first.items()}
+    samples = {title: [sample] if calls[title] == 1 else [] for title, sample in first.items()}
+    for _ in range(repeats):
+        for title, run in runs.items():
+            if len(samples[title]) < (repeats if first[title].cpu < SLOW_SECONDS else min(repeats, SLOW_REPEATS)):
+                samples[title].append(case.clock(run, calls[title]))
+
+    ours = samples.pop("")
+    cpu = median(sample.cpu for sample in ours)
+    for title, theirs in samples.items():
+        cpu_of_peer = median(sample.cpu for sample in theirs)
+        peers[title] = Peer(
+            name=title,
+            differs=peers[title].differs,
+            cpu_s=cpu_of_peer,
+            wall_s=median(sample.wall for sample in theirs),
+            peak_mib=_median_memory([sample.peak for sample in theirs]),
+            ratio=cpu_of_peer / cpu,
+        )
+    return Row.of(
+        suite=suite,
+        name=name,
+        inputs=case.inputs,
+        threads=torch.get_num_threads(),
+        dtype=str(case.dtype).removeprefix("torch."),
+        cpu_s=cpu,
+        wall_s=median(sample.wall for sample in ours),
+        repeats=len(ours),
+        calls_per_repeat=calls[""],
+        peak_mib=_median_memory([sample.peak for sample in ours]),
+        rise_mib=_median_memory([sample.rise for sample in ours]),
+        flop=flop,
+        flop_is=case.flop_is,
+        gemm_flops=gemm_rate(case.dtype),
+        bytes=case.moved,
+        bytes_is=case.moved_is,
+        copy_bytes_per_s=copy_rate(case.dtype, case.moved),
+        peers=list(peers.values()),
+        target_s=case.target,
+        step_cpu_s=case.share_of,
+        load_average=round(os.getloadavg()[0], 2),
+        machine=machine(),
+    )
+
+
+def _median_memory(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(median(known), 1) if known else None
+
+
+# Memory --------------------------------------------------------------------------------------------------------------------------------
+
+
+def reset_peak_memory() -> float | None:
+    """Start a new high-water mark of resident memory and return the memory resident now, in MiB; None where Linux does not run."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system, or a container that forbids it
+        return None
+    return _status_mib("VmRSS")
+
+
+def peak_memory() -> float | None:
+    """Return the high-water mark of resident memory since :func:`reset_peak_memory`, in MiB."""
+    return _status_mib("VmHWM")
+
+
+def _status_mib(key: str) -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+# Floor ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of the values of ``tensors``."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def count_flop(run: Callable[[], Any]) -> int:
+    """Floating point operations of the matrix products in one run, backward passes and custom autograd functions included.
+
+    torch's counter leaves out the forms below; they are counted here as their siblings are.
+    """
+    aten = torch.ops.aten
+    forms = {
+        aten.addmm_: _product_flop,
+        aten.addbmm_: _batched_flop,
+        aten.baddbmm_: _batched_flop,
+        aten.mv: lambda a, b, *_, **__: 2 * a.numel(),
+        aten.addmv: lambda c, a, b, *_, **__: 2 * a.numel(),
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+    }
+    for formula in forms.values():
+        formula._get_raw = True  # type: ignore[attr-defined]  # the counter's own mark for formulas that take tensors, not shapes
+    with FlopCounterMode(display=False, custom_mapping=forms) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def _product_flop(total: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+def _batched_flop(total: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _attention_flop(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * query.numel() * key.shape[2] + 2 * query.numel() // query.shape[3] * value.shape[2] * value.shape[3]
+
+
+def _attention_backward_flop(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    # scores again, the gradients of value and of the weights, and those of query and key
+    per_pair = 6 * query.shape[3] + 4 * value.shape[3]
+    return query.numel() // query.shape[3] * key.shape[2] * per_pair
+
+
+def _rate(run: Callable[[], Any], work: float) -> float:
+    """Work per CPU second, the median of seven samples."""
+    first = clock(run, 1)
+    calls = max(1, round(SAMPLE_SECONDS / 2 / max(first.cpu, 1e-7)))
+    return work / median(clock(run, calls).cpu for _ in range(7))
+
+
+@functools.cache
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Floating point operations per CPU second of torch's matrix product: the best of :data:`GEMM_SHAPES`."""
+    rates = []
+    for rows, columns, inner in GEMM_SHAPES:
+        a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype)
+        out = torch.empty(rows, columns, dtype=dtype)
+        rates.append(_rate(functools.partial(torch.mm, a, b, out=out), 2.0 * rows * columns * inner))
+    return max(rates)
+
+
+def copy_rate(dtype: torch.dtype, moved: int) -> float:
+    """Bytes read and written per CPU second by a copy, elsewhere or onto itself, whichever is quicker.
+
+    It moves about ``moved`` bytes (at most 128 MiB): small ones stay in the cache, as those of the case do.
+    """
+    return _copy_rate(dtype, min(max(moved, 1 << 12), 1 << 27).bit_length())
+
+
+@functools.cache
+def _copy_rate(dtype: torch.dtype, bits: int) -> float:
+    source = torch.zeros((1 << bits) // 4 // dtype.itemsize + 1, dtype=dtype)
+    target = torch.ones_like(source)
+    return max(_rate(lambda: target.copy_(source), 2.0 * nbytes(source)), _rate(lambda: target.add_(1), 2.0 * nbytes(source)))
+
+
+# Machine -------------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def machine() -> str:
+    """Processor, versions, and what runs the operators."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    except OSError:
+        pass
+    native = native_info()["cpu"]
+    operators = f"native operators ({native['simd']}, compiler {native['compiler']})" if native["loaded"] else "operators as plain torch"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, geossl {geossl.__version__}"
+    return f"{processor}, {os.cpu_count()} cores, {versions}, {operators}"

@@ -1,0 +1,236 @@
+"""Operators at the sizes models use, and at 8 points, where only the overhead of a call is left."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geossl import ops
+from geossl.cli.benchmark.clouds import surfaces
+from geossl.cli.benchmark.measure import Case, nbytes
+from geossl.cli.benchmark.peers import (
+    TWIN_LIMIT,
+    chamfer_peers,
+    farthest_point_peers,
+    first_in_ball_peers,
+    group_peers,
+    neighbor_peers,
+    twin,
+)
+
+CALL_TARGET = 15e-6  # CPU seconds of a call on 8 points
+PAIR_FLOP = 8  # three differences, three squares, two sums
+PER_PAIR = "8 per pair of points of an exhaustive search (a tree or buckets need fewer)"
+MOVED = "inputs read and results written once"
+MOVED_BACK = "inputs and the gradient of the result read, results and gradients of the inputs written once"
+
+
+def cases(quick: bool) -> dict[str, Callable[[], Case]]:
+    """Return the cases of this suite by name; each is built when it is called."""
+    make = functools.partial
+    found: dict[str, Callable[[], Case]] = {
+        "farthest_point_sample/8->4": make(_fps_case, 1, 8, 4, CALL_TARGET),
+        "farthest_point_sample/8x2048->64": make(_fps_case, 8, 2048, 64),
+        "farthest_point_sample/8x2048->512": make(_fps_case, 8, 2048, 512),
+        "farthest_point_sample/10000->1024": make(_fps_case, 1, 10_000, 1024),
+        "farthest_point_sample/100000->4096": make(_fps_case, 1, 100_000, 4096),
+        "knn/8 of 8": make(_knn_case, 1, 8, 8, 4, CALL_TARGET),
+        "knn/8x64 of 2048, k=32": make(_knn_case, 8, 64, 2048, 32),
+        "knn/512 of 2048, k=16": make(_knn_case, 1, 512, 2048, 16),
+        "knn/4096 of 100000, k=16": make(_knn_case, 1, 4096, 100_000, 16),
+        "knn/100000 of 100000, k=16": make(_knn_case, 1, 100_000, 100_000, 16),
+        "ball_query/8 of 8": make(_ball_case, 1, 8, 8, 4, "nearest", CALL_TARGET),
+        "ball_query/512 of 2048, k=32": make(_ball_case, 1, 512, 2048, 32, "nearest"),
+        "ball_query/512 of 2048, k=32, first": make(_ball_case, 1, 512, 2048, 32, "first"),
+        "ball_query/4096 of 100000, k=32": make(_ball_case, 1, 4096, 100_000, 32, "nearest"),
+        "group/8 of 8": make(_group_case, 1, 8, 8, 4, 3, False, CALL_TARGET),
+        "group/8x512x32 of 2048, 32 channels": make(_group_case, 8, 2048, 512, 32, 32, False),
+        "group/8x512x32 of 2048, 32 channels, backward": make(_group_case, 8, 2048, 512, 32, 32, True),
+        "chamfer_distance/8 to 8": make(_chamfer_case, "padded", 1, 8, False, CALL_TARGET),
+        "chamfer_distance/8x2048 to 2048": make(_chamfer_case, "padded", 8, 2048, False),
+        "chamfer_distance/8x2048 to 2048, backward": make(_chamfer_case, "padded", 8, 2048, True),
+        "chamfer_distance_patches/8 to 8": make(_chamfer_case, "patches", 1, 8, False, CALL_TARGET),
+        "chamfer_distance_patches/304x32 to 32": make(_chamfer_case, "patches", 304, 32, False),
+        "chamfer_distance_patches/304x32 to 32, backward": make(_chamfer_case, "patches", 304, 32, True),
+    }
+    if quick:
+        found = {
+            "farthest_point_sample/8->4": make(_fps_case, 1, 8, 4),
+            "farthest_point_sample/2x128->16": make(_fps_case, 2, 128, 16),
+            "knn/2x16 of 128, k=4": make(_knn_case, 2, 16, 128, 4),
+            "ball_query/2x16 of 128, k=4": make(_ball_case, 2, 16, 128, 4, "nearest"),
+            "ball_query/2x16 of 128, k=4, first": make(_ball_case, 2, 16, 128, 4, "first"),
+            "group/2x16x4 of 128, 8 channels": make(_group_case, 2, 128, 16, 4, 8, False),
+            "group/2x16x4 of 128, 8 channels, backward": make(_group_case, 2, 128, 16, 4, 8, True),
+            "chamfer_distance/2x64 to 64, backward": make(_chamfer_case, "padded", 2, 64, True),
+            "chamfer_distance_patches/16x8 to 8": make(_chamfer_case, "patches", 16, 8, False),
+        }
+    return found
+
+
+def _fps_case(batch: int, n: int, k: int, target: float | None = None) -> Case:
+    points = surfaces(batch, n)
+    call = functools.partial(ops.farthest_point_sample, points, k)
+    peers = farthest_point_peers(points, k)
+    if batch * n * k <= TWIN_LIMIT:
+        peers["geossl.ops.reference"] = twin(call)
+    return Case(
+        inputs=f"{batch} x {n:,} points -> {k:,}",
+        run=call,
+        moved=nbytes(points) + 8 * batch * k,
+        moved_is=MOVED,
+        flop=PAIR_FLOP * batch * n * k,
+        flop_is="8 per point and pick (buckets need fewer)",
+        peers=peers,
+        differs=functools.partial(_picks_differ, points),
+        target=target,
+    )
+
+
+def _knn_case(batch: int, queries: int, n: int, k: int, target: float | None = None) -> Case:
+    points = surfaces(batch, n)
+    query = points[:, :queries].contiguous()
+    call = functools.partial(ops.knn, query, points, k)
+    peers = neighbor_peers(query, points, k)
+    if batch * queries * n <= TWIN_LIMIT:
+        peers["geossl.ops.reference"] = twin(call)
+    return Case(
+        inputs=f"{batch} x {queries:,} queries of {n:,} points, k={k}",
+        run=call,
+        moved=nbytes(query, points) + 12 * batch * queries * k,
+        moved_is=MOVED,
+        flop=PAIR_FLOP * batch * queries * n,
+        flop_is=PER_PAIR,
+        peers=peers,
+        differs=_distances_differ,
+        target=target,
+    )
+
+
+def _ball_case(batch: int, queries: int, n: int, k: int, mode: Any, target: float | None = None) -> Case:
+    points = surfaces(batch, n)
+    query = points[:, :queries].contiguous()
+    # The median distance of the k-th neighbour: about half the balls hold more than k points.
+    radius = float(ops.knn(query, points, k).distance[..., -1].median().sqrt())
+
+    def call() -> tuple[Tensor, Tensor]:
+        index, distance, _ = ops.ball_query(query, points, radius, k, mode=mode)
+        return distance, index
+
+    peers = (neighbor_peers if mode == "nearest" else first_in_ball_peers)(query, points, k, radius)
+    if batch * queries * n <= TWIN_LIMIT:
+        peers["geossl.ops.reference"] = twin(call)
+    return Case(
+        inputs=f"{batch} x {queries:,} balls of radius {radius:.3g} in {n:,} points, k={k}, {mode}; also counts all points in a ball",
+        run=call,
+        moved=nbytes(query, points) + (12 * k + 8) * batch * queries,
+        moved_is=MOVED,
+        flop=PAIR_FLOP * batch * queries * n,
+        flop_is=PER_PAIR,
+        peers=peers,
+        differs=functools.partial(_distances_differ, radius=radius),
+        target=target,
+    )
+
+
+def _group_case(batch: int, n: int, queries: int, k: int, channels: int, backward: bool, target: float | None = None) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(batch, n, channels, generator=generator)
+    index = torch.randint(n, (batch, queries, k), generator=generator)
+    grad = torch.randn(batch, queries, k, channels, generator=generator)
+
+    def run(gather: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        if not backward:
+            return [gather(features)]
+        leaf = features.clone().requires_grad_()
+        result = gather(leaf)
+        result.backward(grad)
+        return [result.detach(), _gradient(leaf)]
+
+    call = functools.partial(run, lambda x: ops.group(x, index))
+    return Case(
+        inputs=f"features {batch} x {n:,} x {channels}, index {batch} x {queries} x {k}",
+        run=call,
+        moved=nbytes(features, index, grad) + backward * (nbytes(index, grad) + nbytes(features)),
+        moved_is=MOVED_BACK if backward else MOVED,
+        flop=backward * grad.numel(),
+        flop_is="one addition per gathered value backward" if backward else "none",
+        peers={name: functools.partial(run, gather) for name, gather in group_peers(index).items()} | {"geossl.ops.reference": twin(call)},
+        differs=_values_differ,
+        target=target,
+    )
+
+
+def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float | None = None) -> Case:
+    x, y = surfaces(batch, n), surfaces(batch, n, seed=1)
+    distance = ops.chamfer_distance_patches if form == "patches" else ops.chamfer_distance
+
+    def run(measure: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        if not backward:
+            return [measure(x, y)]
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        loss = measure(a, b)
+        loss.backward()
+        return [loss.detach(), _gradient(a), _gradient(b)]
+
+    call = functools.partial(run, distance)
+    peers: dict[str, Callable[[], Any]] = {name: functools.partial(run, peer) for name, peer in chamfer_peers(x, y).items()}
+    if batch * n * n <= TWIN_LIMIT:
+        peers["geossl.ops.reference"] = twin(call)
+    return Case(
+        inputs=f"{batch} x {n:,} points to {n:,}, squared distances, both directions",
+        run=call,
+        moved=nbytes(x, y) * (2 if backward else 1),
+        moved_is=MOVED_BACK if backward else MOVED,
+        flop=PAIR_FLOP * batch * n * n,
+        flop_is=PER_PAIR + ", both directions sharing it",
+        peers=peers,
+        differs=_values_differ,
+        target=target,
+    )
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    if leaf.grad is None:
+        raise RuntimeError("the backward pass left no gradient")
+    return leaf.grad
+
+
+# Agreement -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _picks_differ(points: Tensor, ours: Tensor, theirs: Tensor) -> str:
+    """Compare picks; others than ours are right, too, if each is farthest from those before it (a peer may start elsewhere)."""
+    if torch.equal(ours, theirs):
+        return ""
+    if ours.shape != theirs.shape:
+        return f"picks of shape {list(theirs.shape)} instead of {list(ours.shape)}"
+    for cloud, picks in zip(points, theirs, strict=True):
+        nearest = torch.full((cloud.shape[0],), torch.inf)
+        for step, pick in enumerate(picks[:256].tolist()):
+            if step and float(nearest[pick]) < float(nearest.max()) * (1 - 1e-5):
+                return f"pick {step} is not farthest from those before it"
+            nearest = torch.minimum(nearest, (cloud - cloud[pick]).square().sum(1))
+    return ""
+
+
+def _distances_differ(ours: Any, theirs: Any, radius: float = math.inf) -> str:
+    """Compare distances of the neighbours found; indices may differ where distances are equal, and what lies on the sphere may be out."""
+    a, b = (found[0].sqrt().clamp(max=radius * (1 - 1e-5)) for found in (ours, theirs))
+    if a.shape != b.shape:
+        return f"distances of shape {list(b.shape)} instead of {list(a.shape)}"
+    wrong = ~torch.isclose(a, b, rtol=1e-4, atol=1e-5)
+    return f"{int(wrong.sum())} of {wrong.numel()} distances differ" if bool(wrong.any()) else ""
+
+
+def _values_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    for a, b, what in zip(ours, theirs, ("result", "gradient", "second gradient"), strict=False):
+        error = float((a - b).norm() / a.norm().clamp(min=1e-30))
+        if not error < 1e-4:
+            return f"{what} differs by {error:.2g} of its norm"
+    return ""

@@ -1,0 +1,222 @@
+"""Training steps, their parts, the optimiser and feature extraction."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from geossl.cli.benchmark.clouds import surfaces
+from geossl.cli.benchmark.measure import Case, nbytes
+from geossl.cli.benchmark.plain import point_mae_loss, point_vit_features
+from geossl.errors import ConfigError
+from geossl.geometry import PackedPoints, PointBatch
+from geossl.methods import METHODS
+from geossl.models import BACKBONES
+
+DTYPES = (torch.float32, torch.bfloat16)
+Loss = Callable[[Any, PointBatch, torch.Generator], Tensor]
+
+
+class Step(NamedTuple):
+    """A method on its backbone, a batch for it, and both in words."""
+
+    module: Any
+    batch: PointBatch
+    inputs: str
+
+
+class Published(NamedTuple):
+    """What the step benchmark needs to know of a method."""
+
+    released: dict[str, Any]  # backbone and its overrides, as released
+    quickstart: dict[str, Any]  # the same for the model trained when no configuration is given
+    targets: dict[torch.dtype, float]  # CPU seconds of a step: released configuration, 8 clouds of 2,048 points, one thread
+    plain: Loss  # the plain torch form
+    plain_features: Callable[[Any, PackedPoints], Tensor]
+
+
+STEPS = {
+    "point_mae": Published(
+        released={"name": "point_vit_small", "drop_path": 0.1},
+        quickstart={"name": "point_vit_tiny"},
+        targets={torch.float32: 1.0, torch.bfloat16: 0.65},
+        plain=point_mae_loss,
+        plain_features=point_vit_features,
+    )
+}
+
+_QUICK = {"dim": 24, "depth": 2, "heads": 2, "groups": 16, "group_size": 8}
+
+
+def build_step(method: str, size: str, quick: bool = False) -> Step:
+    """Make the step of ``method`` at ``size``: ``released`` (8 clouds of 2,048 points) or ``quickstart`` (32 of 1,024)."""
+    published = _published(method)
+    clouds, points = (2, 256) if quick else (8, 2048) if size == "released" else (32, 1024)
+    values = dict(published.released if size == "released" else published.quickstart)
+    torch.manual_seed(0)
+    backbone = dataclasses.replace(BACKBONES.config(values.pop("name")), **values, **(_QUICK if quick else {})).build()
+    config = METHODS.config(method)
+    module = dataclasses.replace(config, decoder_heads=2, decoder_depth=2).build(backbone) if quick else config.build(backbone)
+    batch = PointBatch(PackedPoints.from_padded(surfaces(clouds, points)))
+    return Step(module.train(), batch, f"{clouds} x {points:,} points, {_words(backbone.config)}")
+
+
+def step_run(step: Step, dtype: torch.dtype, loss: Loss | None = None) -> Callable[[], dict[str, Tensor]]:
+    """Return a call that runs forward and backward (from zero gradients, always the same draws) and gives loss and gradients."""
+
+    def run() -> dict[str, Tensor]:
+        step.module.zero_grad(set_to_none=True)
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = step.module(step.batch, generator=generator).loss if loss is None else loss(step.module, step.batch, generator)
+        value.backward()
+        return {"loss": value.detach(), **{name: p.grad for name, p in step.module.named_parameters() if p.grad is not None}}
+
+    return run
+
+
+def cases(method: str, quick: bool) -> dict[str, Callable[[], Case]]:
+    """Return the cases of this suite by name; each is built when it is called."""
+    published = _published(method)
+    found: dict[str, Callable[[], Case]] = {}
+    for size in ("released", "quickstart"):
+        for dtype in DTYPES:
+            target = published.targets.get(dtype) if size == "released" and not quick else None
+            name = f"{method}/{size}/step/{_short(dtype)}"
+            found[name] = functools.partial(_step_case, method, size, quick, dtype, target)
+    found[f"{method}/released/grouping"] = functools.partial(_grouping_case, method, quick)
+    found[f"{method}/released/optimizer"] = functools.partial(_optimizer_case, method, quick)
+    for dtype in DTYPES:
+        found[f"{method}/released/features/{_short(dtype)}"] = functools.partial(_features_case, method, quick, dtype)
+    return found
+
+
+def _step_case(method: str, size: str, quick: bool, dtype: torch.dtype, target: float | None) -> Case:
+    step = build_step(method, size, quick)
+    weights = sum(p.numel() for p in step.module.parameters())
+    return Case(
+        inputs=f"{step.inputs}; forward + backward, grouping included",
+        run=step_run(step, dtype),
+        moved=nbytes(step.batch.points.coord) + weights * (4 + dtype.itemsize + 4),
+        moved_is="points read, weights read once forward (float32) and once backward, gradients written",
+        dtype=dtype,
+        peers={"plain torch": step_run(step, dtype, _published(method).plain)},
+        differs=functools.partial(_gradients_differ, dtype=dtype),
+        target=target,
+    )
+
+
+def _grouping_case(method: str, quick: bool) -> Case:
+    step = build_step(method, "released", quick)
+    backbone, points = step.module.backbone, step.batch.points
+    groups = backbone.group(points)
+    clouds, count = len(points), points.coord.shape[0]
+    return Case(
+        inputs=f"{step.inputs}; the grouping of the step alone",
+        run=lambda: backbone.group(points),
+        moved=nbytes(points.coord, groups.points, groups.centers),
+        moved_is="points read, groups and centres written",
+        flop=2 * 8 * (count // clouds) * groups.centers.shape[0],
+        flop_is="8 per pair of point and centre, once to sample and once to search",
+    )
+
+
+def _optimizer_case(method: str, quick: bool) -> Case:
+    from geossl.engine.optim import OptimConfig, build_optimizer
+
+    step = build_step(method, "released", quick)
+    step_run(step, torch.float32)()
+    twin = copy.deepcopy(step.module)
+    for ours, theirs in zip(step.module.parameters(), twin.parameters(), strict=True):
+        theirs.grad = None if ours.grad is None else ours.grad.clone()
+    optimizer = build_optimizer(step.module, OptimConfig())
+    groups = build_optimizer(twin, OptimConfig()).param_groups
+    same = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
+    plain = torch.optim.AdamW(same, foreach=False, fused=False)
+    weights = nbytes(*(p for p in step.module.parameters() if p.grad is not None))
+
+    def run(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:
+        optimizer.step()
+        return [p.detach() for p in module.parameters()]
+
+    return Case(
+        inputs=f"{weights // 4 / 1e6:.1f} M weights, AdamW as the engine builds it",
+        run=functools.partial(run, optimizer, step.module),
+        moved=7 * weights,
+        moved_is="weights and both moments read and written, gradients read",
+        flop=0,
+        flop_is="none",
+        peers={"torch.optim.AdamW, one tensor at a time": functools.partial(run, plain, twin)},
+        differs=_tensors_differ,
+    )
+
+
+def _features_case(method: str, quick: bool, dtype: torch.dtype) -> Case:
+    step = build_step(method, "released", quick)
+    backbone = step.module.backbone.eval()
+    plain = _published(method).plain_features
+
+    def run(features: Callable[[], Tensor]) -> Tensor:
+        with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return features()
+
+    ours = functools.partial(run, lambda: backbone(step.batch.points).feats)
+    weights = sum(p.numel() for p in backbone.parameters())
+    return Case(
+        inputs=f"{step.inputs}; all tokens, no gradient, grouping included",
+        run=ours,
+        moved=nbytes(step.batch.points.coord, ours().float()) + 4 * weights,
+        moved_is="points and weights read, tokens written",
+        dtype=dtype,
+        peers={"plain torch": functools.partial(run, lambda: plain(backbone, step.batch.points))},
+        differs=lambda a, b: _relative(a, b, 1e-4 if dtype == torch.float32 else 0.05, "tokens"),
+    )
+
+
+# Agreement -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _gradients_differ(ours: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype) -> str:
+    """Compare losses and the direction of the whole gradient; half precision and near-ties of maxima move single entries."""
+    loss = float((ours["loss"] - theirs["loss"]).abs() / theirs["loss"].abs())
+    if loss > (1e-5 if dtype == torch.float32 else 0.02):
+        return f"loss {float(theirs['loss']):.7g} instead of {float(ours['loss']):.7g}"
+    missing = [name for name in ours if name not in theirs]
+    if missing:
+        return f"no gradient for {missing[:3]}"
+    a, b = (torch.cat([x[name].double().flatten() for name in ours if name != "loss"]) for x in (ours, theirs))
+    cosine = float(a @ b / (a.norm() * b.norm()))
+    return "" if cosine > (0.99999 if dtype == torch.float32 else 0.99) else f"cosine of the gradients is {cosine:.6f}"
+
+
+def _tensors_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    return next((text for a, b in zip(ours, theirs, strict=True) if (text := _relative(a, b, 1e-5, "weights"))), "")
+
+
+def _relative(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> str:
+    error = float((ours.double() - theirs.double()).norm() / ours.double().norm().clamp(min=1e-30))
+    return "" if error <= tolerance else f"{what} differ by {error:.2g} of their norm"
+
+
+# Words ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _published(method: str) -> Published:
+    METHODS.config(method)  # an unknown name ends here, with the known ones
+    if method not in STEPS:
+        raise ConfigError(f"method {method} has no step benchmark yet; there is one for {', '.join(STEPS)}")
+    return STEPS[method]
+
+
+def _words(config: Any) -> str:
+    return f"{config.name} {config.dim}/{config.depth}/{config.heads}, {config.groups} groups of {config.group_size}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,369 @@
+"""The benchmark: what its rows hold, that peers' answers are compared, and that it counts what it says. No test depends on a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from geossl import cli
+from geossl.cli import benchmark
+from geossl.cli.benchmark import imports, ops, steps
+from geossl.cli.benchmark.clouds import surfaces
+from geossl.cli.benchmark.measure import (
+    Case,
+    Sample,
+    clock,
+    copy_rate,
+    count_flop,
+    gemm_rate,
+    measure,
+    nbytes,
+    peak_memory,
+    reset_peak_memory,
+)
+from geossl.cli.benchmark.row import Peer, Row, seconds, table_of
+from geossl.errors import ConfigError, UnknownNameError
+from geossl.layers import PointTokenEmbedding
+
+KEYS = {
+    *("suite", "name", "inputs", "threads", "dtype", "cpu_s", "wall_s", "repeats", "calls_per_repeat", "peak_mib", "rise_mib"),
+    *("flop", "flop_is", "gemm_flops", "bytes", "bytes_is", "copy_bytes_per_s", "floor_s", "floor_ratio"),
+    *("peer", "peer_cpu_s", "peer_ratio", "peers", "target_s", "step_cpu_s", "share_of_step", "load_average", "machine"),
+}
+LINUX = reset_peak_memory() is not None
+
+
+@pytest.fixture(autouse=True)
+def _thread_variables(monkeypatch):
+    """The program sets these for the libraries it loads; give them back afterwards."""
+    for variable in benchmark._THREAD_VARIABLES:
+        monkeypatch.setenv(variable, "1")
+
+
+def run(tmp_path, *args: str) -> list[dict]:
+    assert benchmark.main([*args, "--json", str(tmp_path / "rows.json")]) == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((tmp_path / "rows.json").read_text(), parse_constant=refuse)
+
+
+def check(rows: list[dict], suite: str) -> None:
+    assert len({row["name"] for row in rows}) == len(rows) > 0
+    for row in rows:
+        assert set(row) == KEYS
+        assert row["suite"] == suite
+        assert row["threads"] == 1
+        assert row["dtype"] in ("float32", "bfloat16")
+        assert all(row[key] > 0 for key in ("cpu_s", "wall_s", "repeats", "calls_per_repeat", "gemm_flops", "copy_bytes_per_s", "bytes"))
+        assert row["flop"] >= 0
+        assert row["floor_s"] == pytest.approx(max(row["flop"] / row["gemm_flops"], row["bytes"] / row["copy_bytes_per_s"]))
+        assert row["floor_ratio"] == pytest.approx(row["cpu_s"] / row["floor_s"])
+        assert all(row[key] for key in ("inputs", "flop_is", "bytes_is", "machine"))
+        if LINUX:
+            assert row["peak_mib"] >= row["rise_mib"] >= 0
+        for peer in row["peers"]:
+            assert peer["differs"] == "", f"{row['name']}: {peer['name']}: {peer['differs']}"
+            assert peer["ratio"] == pytest.approx(peer["cpu_s"] / row["cpu_s"])
+        if row["peers"]:
+            best = min(row["peers"], key=lambda peer: peer["cpu_s"])
+            assert (row["peer"], row["peer_cpu_s"], row["peer_ratio"]) == (best["name"], best["cpu_s"], best["ratio"])
+
+
+def test_steps(tmp_path, capsys):
+    rows = run(tmp_path, "steps", "--quick", "--method", "point_mae")
+    check(rows, "steps")
+    by_name = {row["name"]: row for row in rows}
+    for dtype in ("float32", "bfloat16"):
+        for name in ("released/step", "quickstart/step", "released/features"):
+            row = by_name[f"point_mae/{name}/{dtype}"]
+            assert row["peer"] == "plain torch"
+            assert row["flop"] > 0
+    assert by_name["point_mae/released/optimizer"]["peers"]
+    assert "point_mae/released/grouping" in by_name
+    shown = capsys.readouterr().out
+    assert "written to" in shown
+    assert "load average" in shown
+
+
+def test_ops(tmp_path):
+    rows = run(tmp_path, "ops", "--quick")
+    check(rows, "ops")
+    assert {row["name"].partition("/")[0] for row in rows} == {
+        "farthest_point_sample", "knn", "ball_query", "group", "chamfer_distance", "chamfer_distance_patches",
+    }  # fmt: skip
+    assert all("geossl.ops.reference" in [peer["name"] for peer in row["peers"]] for row in rows)
+
+
+def test_data(tmp_path):
+    rows = run(tmp_path, "data", "--quick")
+    check(rows, "data")
+    assert {row["name"].partition("/")[0] for row in rows} == {"objects", "shards"}
+    for row in rows:
+        assert row["share_of_step"] == pytest.approx(row["cpu_s"] / row["step_cpu_s"])
+
+
+@pytest.mark.slow
+def test_import(tmp_path):
+    rows = run(tmp_path, "import", "--quick")
+    check(rows, "import")
+    assert rows[0]["peer"] == "import torch"
+    assert rows[0]["target_s"] == imports.TARGET
+
+
+def test_rows_can_be_chosen(tmp_path):
+    (row,) = run(tmp_path, "ops", "--quick", "--rows", "knn/*")
+    assert row["name"].startswith("knn/")
+
+
+# What full runs measure -----------------------------------------------------------------------------------------------------------------
+
+
+def test_full_runs_hold_the_sizes_and_targets_of_the_design():
+    names = steps.cases("point_mae", quick=False)
+    assert {name for name in names if "/released/step/" in name} == {f"point_mae/released/step/{x}" for x in ("float32", "bfloat16")}
+    assert steps.STEPS["point_mae"].targets == {torch.float32: 1.0, torch.bfloat16: 0.65}
+    step = steps.build_step("point_mae", "released")
+    config = step.module.backbone.config
+    assert (config.dim, config.depth, config.heads, config.groups, config.group_size, config.drop_path) == (384, 12, 6, 64, 32, 0.1)
+    assert (len(step.batch), step.batch.points.coord.shape[0], step.module.training) == (8, 8 * 2048, True)
+    calls = [case() for name, case in ops.cases(quick=False).items() if "8 of 8" in name or "8 to 8" in name or name.endswith("/8->4")]
+    assert [case.target for case in calls] == [ops.CALL_TARGET] * 6
+
+
+# Plain forms and agreement --------------------------------------------------------------------------------------------------------------
+
+
+def test_disagreement_of_gradients_is_seen():
+    good = {"loss": torch.tensor(2.0), "a": torch.randn(5), "b": torch.randn(3, 2)}
+    assert steps._gradients_differ(good, good, torch.float32) == ""
+    assert "loss" in steps._gradients_differ(good, {**good, "loss": torch.tensor(2.001)}, torch.float32)
+    assert "cosine" in steps._gradients_differ(good, {**good, "b": -good["b"]}, torch.float32)
+    assert "no gradient for ['b']" in steps._gradients_differ(good, {"loss": good["loss"], "a": good["a"]}, torch.float32)
+
+
+def test_plain_step_notices_a_wrong_loss():
+    step = steps.build_step("point_mae", "released", quick=True)
+    ours = steps.step_run(step, torch.float32)()
+    wrong = steps.step_run(step, torch.float32, lambda *args: 1.01 * steps.point_mae_loss(*args))()
+    assert steps._gradients_differ(ours, wrong, torch.float32) != ""
+
+
+def test_picks_may_start_elsewhere_but_must_be_farthest():
+    points = surfaces(1, 64)
+    ours = torch.tensor([[0, *range(1, 8)]])
+    elsewhere = ops.ops.farthest_point_sample(points, 8, start=5)
+    assert ops._picks_differ(points, ours, elsewhere) == ""
+    swapped = elsewhere[:, [0, 2, 1, *range(3, 8)]]
+    assert ops._picks_differ(points, ours, swapped) == "pick 1 is not farthest from those before it"
+    assert "shape" in ops._picks_differ(points, ours, elsewhere[:, :4])
+
+
+def test_distances_are_compared():
+    found = (torch.tensor([[0.01, 0.04]]), None)
+    assert ops._distances_differ(found, (torch.tensor([[0.01, 0.04 + 1e-8]]), None)) == ""
+    assert ops._distances_differ(found, (torch.tensor([[0.01, 0.05]]), None)) == "1 of 2 distances differ"
+    assert ops._distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None)) != ""
+    assert ops._distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None), radius=0.2) == ""  # on the sphere: in or out
+    assert ops._distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None), radius=0.3) != ""
+
+
+def test_values_are_compared():
+    ours = [torch.tensor(1.0), torch.ones(3)]
+    assert ops._values_differ(ours, [torch.tensor(1.0), torch.ones(3)]) == ""
+    assert ops._values_differ(ours, [torch.tensor(1.0), torch.tensor([1.0, 1, 2])]).startswith("gradient differs")
+    assert ops._values_differ(ours, [torch.tensor(math.nan), torch.ones(3)]).startswith("result differs")
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------------------------
+
+
+def a_case(**changes) -> Case:
+    known = {"inputs": "something", "run": lambda: 1, "moved": 8, "moved_is": "eight bytes", "flop": 0, "flop_is": "none"}
+    return Case(**known | changes)
+
+
+def test_peers_take_turns_and_medians_are_taken():
+    order, times = [], {"ours": iter([9.0, 3.0, 4.0, 5.0]), "theirs": iter([9.0, 8.0, 10.0, 12.0])}
+
+    def fake_clock(run, calls):
+        name = run()
+        order.append(name)
+        cpu = next(times[name]) * 1e-1
+        return Sample(cpu, 2 * cpu, 100.0, 1.0)
+
+    case = a_case(run=lambda: "ours", peers={"peer": lambda: "theirs"}, clock=fake_clock, share_of=4.0)
+    row = measure("suite", "name", case, repeats=4)
+    assert order == ["ours", "theirs"] * 4
+    assert row.cpu_s == pytest.approx(0.45)  # of 0.9 0.3 0.4 0.5
+    assert row.wall_s == pytest.approx(0.9)
+    assert row.peer_cpu_s == pytest.approx(0.95)
+    assert row.peer_ratio == pytest.approx(0.95 / 0.45)
+    assert (row.peak_mib, row.rise_mib, row.repeats, row.calls_per_repeat) == (100.0, 1.0, 4, 1)
+    assert row.share_of_step == pytest.approx(0.45 / 4)
+
+
+def test_quick_calls_are_repeated_within_a_sample():
+    count = 0
+
+    def call():
+        nonlocal count
+        count += 1
+
+    row = measure("suite", "name", a_case(run=call), repeats=2)
+    assert row.calls_per_repeat > 100
+    assert count == 2 + 2 * row.calls_per_repeat  # the answer, one call to see how long it takes, then the samples
+    assert row.cpu_s < 1e-3
+
+
+def test_peer_that_differs_or_fails_is_shown_but_not_the_peer():
+    def broken():
+        raise OSError("no such library")
+
+    peers = {"wrong": lambda: 2, "broken": broken, "right": lambda: sum(range(20_000)) * 0 + 1}
+    case = a_case(peers=peers, differs=lambda ours, theirs: "" if ours == theirs else f"{theirs} instead of {ours}")
+    row = measure("suite", "name", case, repeats=2)
+    wrong, failed, right = row.peers
+    assert wrong.differs == "2 instead of 1"
+    assert wrong.cpu_s is not None
+    assert (failed.differs, failed.cpu_s) == ("failed: OSError: no such library", None)
+    assert row.peer == right.name == "right"  # though the wrong one is quicker
+
+
+def test_flop_of_every_form_of_product():
+    a, b, c = torch.randn(8, 16), torch.randn(16, 4), torch.zeros(8, 4)
+    assert count_flop(lambda: torch.mm(a, b)) == 2 * 8 * 16 * 4
+    assert count_flop(lambda: torch.mm(a, b, out=c)) == 2 * 8 * 16 * 4
+    assert count_flop(lambda: c.addmm_(a, b)) == 2 * 8 * 16 * 4
+    assert count_flop(lambda: torch.addmm(c, a, b)) == 2 * 8 * 16 * 4
+    assert count_flop(lambda: a @ b[:, 0]) == 2 * 8 * 16
+    assert count_flop(lambda: torch.zeros(3, 2, 5).baddbmm_(torch.ones(3, 2, 7), torch.ones(3, 7, 5))) == 2 * 3 * 2 * 7 * 5
+    assert count_flop(lambda: F.linear(a.bfloat16(), b.T.bfloat16())) == 2 * 8 * 16 * 4
+    assert count_flop(lambda: a + a) == 0
+
+
+def test_flop_of_attention_and_its_backward():
+    q, k, v = (torch.randn(2, 3, length, 16, requires_grad=True) for length in (64, 48, 48))
+    product = 2 * 2 * 3 * 64 * 48 * 16
+    assert count_flop(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * product
+    assert count_flop(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == (2 + 5) * product
+
+
+def test_flop_inside_a_custom_function():
+    weight = torch.randn(16, 4)
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x @ weight
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad @ weight.T
+
+    x = torch.randn(8, 16, requires_grad=True)
+    assert count_flop(lambda: Twice.apply(x).sum().backward()) == 2 * (2 * 8 * 16 * 4)
+
+
+def test_fast_token_embedding_needs_fewer_operations_than_the_plain_one():
+    """So the counter sees inside its custom function, forward and backward."""
+    embed = PointTokenEmbedding(96)
+    groups = torch.randn(128, 32, 3)
+    fast = count_flop(lambda: embed(groups, torch.arange(0, 128, 3)).sum().backward())
+    plain = count_flop(lambda: embed.reference(groups).sum().backward())
+    assert 0.4 * plain < fast < 0.8 * plain
+
+
+@pytest.mark.skipif(not LINUX, reason="peak memory is read from /proc")
+def test_peak_memory_is_that_of_the_sample():
+    def large():
+        torch.ones(32 << 20, dtype=torch.uint8)
+
+    assert clock(large, 1).rise >= 31
+    assert clock(lambda: None, 1).rise < 8  # the mark was reset
+    assert peak_memory() > 50
+
+
+def test_rates_are_measured_once_and_make_sense():
+    assert gemm_rate(torch.float32) > 1e8
+    assert gemm_rate(torch.float32) == gemm_rate(torch.float32)
+    assert copy_rate(torch.bfloat16, 100) > 1e6
+    assert copy_rate(torch.float32, 1 << 20) == copy_rate(torch.float32, (1 << 20) + 5)
+    assert nbytes(torch.zeros(3, 2), torch.zeros(4, dtype=torch.bfloat16)) == 24 + 8
+
+
+def test_clouds_are_the_same_every_time_and_lie_in_the_unit_ball():
+    points = surfaces(3, 50)
+    assert torch.equal(points, surfaces(3, 50))
+    assert not torch.equal(points, surfaces(3, 50, seed=1))
+    assert points.shape == (3, 50, 3)
+    assert float(points.norm(dim=2).max()) <= 1.0
+    assert float(points.norm(dim=2).min()) > 0.1
+
+
+# Rows and table -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_floor_is_the_larger_of_arithmetic_and_memory():
+    known = {f.name: "x" for f in fields(Row) if f.name in ("suite", "name", "inputs", "dtype", "flop_is", "bytes_is", "machine")}
+    known |= {"threads": 1, "wall_s": 1.0, "repeats": 1, "calls_per_repeat": 1, "peak_mib": None, "rise_mib": None, "load_average": 0.0}
+    row = Row.of(cpu_s=6.0, flop=30, gemm_flops=10.0, bytes=8, copy_bytes_per_s=4.0, peers=[], **known)
+    assert (row.floor_s, row.floor_ratio, row.peer, row.peer_ratio) == (3.0, 2.0, None, None)
+    row = Row.of(
+        cpu_s=6.0, flop=30, gemm_flops=10.0, bytes=16, copy_bytes_per_s=4.0, peers=[Peer(name="a", differs="yes", cpu_s=1.0)], **known
+    )
+    assert (row.floor_s, row.peer) == (4.0, None)
+    assert set(row.as_json()) == KEYS
+
+
+def test_table_says_whether_a_target_is_met(capsys):
+    from rich.console import Console
+
+    rows = [measure("suite", "the row", a_case(target=target, peers={"a peer": lambda: 1}), 1) for target in (100.0, 1e-12)]
+    Console(width=200).print(table_of(rows))
+    shown = capsys.readouterr().out
+    assert "met: 100 s" in shown
+    assert "missed" in shown
+    assert "a peer" in shown
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.234e-7, "0.123 us"), (2.5e-5, "25 us"), (0.0021, "2.1 ms"), (1.5, "1.5 s"), (None, "")])
+def test_times_are_readable(value, text):
+    assert seconds(value) == text
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "words"),
+    [
+        ([], ConfigError, "steps, ops, data, import"),
+        (["step"], UnknownNameError, "did you mean 'steps'"),
+        (["ops", "--quick", "--rows", "knm*"], ConfigError, "no row of the ops benchmark matches 'knm\\*'; there are: farthest"),
+        (["ops", "--threads", "0"], ConfigError, "threads must be at least 1, got 0"),
+        (["ops", "--repeats", "0"], ConfigError, "repeats must be at least 1, got 0"),
+        (["steps", "--quick", "--method", "point_mea"], UnknownNameError, "did you mean 'point_mae'"),
+        (["ops", "--josn", "x"], UnknownNameError, "did you mean '--json'"),
+    ],
+)
+def test_wrong_arguments(args, error, words, capsys):
+    with pytest.raises(error, match=words):
+        benchmark.main(args)
+
+
+def test_method_without_a_step_benchmark(monkeypatch):
+    monkeypatch.setattr(steps, "STEPS", {})
+    with pytest.raises(ConfigError, match="point_mae has no step benchmark yet"):
+        steps.cases("point_mae", quick=True)
+
+
+def test_errors_end_as_one_line(capsys):
+    assert cli.run("benchmark", ["opps"]) == 2
+    assert capsys.readouterr().err.startswith("geossl benchmark: error: unknown benchmark 'opps'")
