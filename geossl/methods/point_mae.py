@@ -36,6 +36,9 @@ class PointMAEConfig:
     """Share of hidden groups, 0 < ratio < 1; the published rounding hides int(ratio * groups)."""
     loss: Literal["cdl2", "cdl1"] = "cdl2"
     """Chamfer distance: cdl2 is mean d1 + mean d2 of squared distances, cdl1 is (mean sqrt d1 + mean sqrt d2) / 2."""
+    feature_weight: float = 0.0
+    """Weight of predicting the columns after the coordinates (normal, colour) too: the mean squared difference between each point
+    and its nearest one in the other cloud. 0, as published, predicts positions only."""
     decoder_depth: int = 4
     """Decoder blocks."""
     decoder_heads: int = 6
@@ -50,6 +53,8 @@ class PointMAEConfig:
             raise unknown_name("loss", self.loss, ("cdl2", "cdl1"))
         if not 0 < self.mask_ratio < 1:
             raise ConfigError(f"mask_ratio must lie strictly between 0 and 1, got {self.mask_ratio}")
+        if self.feature_weight < 0:
+            raise ConfigError(f"feature_weight must be at least 0, got {self.feature_weight}")
         if self.decoder_depth < 1 or self.decoder_heads < 1:
             raise ConfigError(f"decoder_depth and decoder_heads must be at least 1, got {self.decoder_depth} and {self.decoder_heads}")
         if not 0 <= self.decoder_drop_path < 1:
@@ -61,6 +66,8 @@ class PointMAEConfig:
             raise ConfigError(f"method point_mae needs a point_vit_* backbone, got {type(backbone).__name__}")
         if backbone.config.dim % self.decoder_heads:
             raise ConfigError(f"decoder_heads must divide the backbone's dim {backbone.config.dim}, got {self.decoder_heads}")
+        if self.feature_weight and backbone.config.in_channels == 3:
+            raise ConfigError("feature_weight needs points with columns after the coordinates, but the backbone has in_channels=3")
         return PointMAE(self, backbone)
 
 
@@ -81,7 +88,8 @@ class PointMAE(nn.Module):
         self.decoder_position = PositionMLP(dim)
         self.decoder = BlockStack(dim, config.decoder_depth, config.decoder_heads, drop_path=config.decoder_drop_path)
         self.decoder_norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 3 * backbone.config.group_size)
+        self.columns = backbone.config.in_channels if config.feature_weight else 3
+        self.head = nn.Linear(dim, self.columns * backbone.config.group_size)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
@@ -99,15 +107,21 @@ class PointMAE(nn.Module):
 
         Returns:
             Chamfer loss over all hidden groups of the batch; metric ``chamfer_x1000`` (the number the papers log);
-            ``aux``: ``groups``, ``mask [T]``, ``prediction [M, K, 3]`` relative to the hidden centres.
+            ``aux``: ``groups``, ``mask [T]``, ``prediction [M, K, 3]`` relative to the hidden centres. With ``feature_weight``,
+            predictions have all columns and metric ``feature_error`` is their mean squared difference.
         """
         random = BatchRandom.of(batch, generator)
         groups = self.backbone.group(batch.points)
         mask = self.draw_mask(groups, random) if mask is None else mask.reshape(-1).to(device=groups.centers.device, dtype=torch.bool)
         prediction = self.reconstruct(groups, mask, random)
-        target = groups.points[mask][..., :3]
-        loss = self.reconstruction_loss(prediction, target)
-        return Output(loss, {"chamfer_x1000": 1000 * loss.detach()}, {"groups": groups, "mask": mask, "prediction": prediction.detach()})
+        target = groups.points[mask]
+        loss = self.reconstruction_loss(prediction[..., :3], target[..., :3])
+        metrics = {"chamfer_x1000": 1000 * loss.detach()}
+        if self.config.feature_weight:
+            error = matched_feature_error(prediction, target)
+            metrics["feature_error"] = error.detach()
+            loss = loss + self.config.feature_weight * error
+        return Output(loss, metrics, {"groups": groups, "mask": mask, "prediction": prediction.detach()})
 
     def draw_mask(self, groups: PointGroups, random: BatchRandom) -> Tensor:
         """Draw the hidden groups, ``[T]`` bool."""
@@ -116,7 +130,7 @@ class PointMAE(nn.Module):
         return random_mask(groups.segments, self.config.mask_ratio, random, groups.centers.device)
 
     def reconstruct(self, groups: PointGroups, mask: Tensor, random: BatchRandom | None = None) -> Tensor:
-        """Predict the points of the hidden groups, ``[M, K, 3]`` relative to their centres, in order of the groups."""
+        """Predict the points of the hidden groups, ``[M, K, columns]`` relative to their centres, in order of the groups."""
         visible_rows, hidden_rows = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
         hidden_lengths = [int(part.sum()) for part in mask.split(list(groups.segments.lengths))]
         hidden = Segments(tuple(hidden_lengths))
@@ -127,7 +141,7 @@ class PointMAE(nn.Module):
         position = self.decoder_position(groups.centers)
         decoded = self.decoder(tokens, position, groups.segments, random=random, rows=hidden_rows, row_segments=hidden)
         prediction = self.head(self.decoder_norm(decoded)).to(groups.points.dtype)
-        return prediction.view(-1, self.backbone.config.group_size, 3)
+        return prediction.view(-1, self.backbone.config.group_size, self.columns)
 
     def reconstruction_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Chamfer distance between groups ``[M, K, 3]``, the mean over all groups: scalar."""
@@ -147,7 +161,7 @@ class PointMAE(nn.Module):
         groups, mask = output.aux["groups"], output.aux["mask"]
         absolute = groups.points[..., :3] + groups.centers[:, None]
         predicted = torch.full_like(absolute, torch.nan)
-        predicted[mask] = output.aux["prediction"].to(absolute.dtype) + groups.centers[mask][:, None]
+        predicted[mask] = output.aux["prediction"][..., :3] + groups.centers[mask][:, None]
         clouds = batch.points.coord.split(batch.points.lengths.tolist())
         pictures = []
         for cloud, points, guess, hidden in zip(
@@ -170,6 +184,28 @@ class PointMAE(nn.Module):
         """Recompute block activations of encoder and decoder in the backward pass."""
         self.backbone.set_grad_checkpointing(enabled)
         self.decoder.grad_checkpointing = enabled
+
+
+def matched_feature_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of the feature columns between each point and its nearest one in the other cloud, both ways.
+
+    Args:
+        prediction: Groups ``[M, K, 3 + C]``: coordinates, then features.
+        target: Groups ``[M, L, 3 + C]``.
+
+    Returns:
+        Scalar, 0 for no groups; differentiable in the features, not in who matches whom.
+    """
+    if prediction.shape[0] == 0:
+        return prediction.sum()
+    with torch.no_grad():
+        distance = (prediction[:, :, None, :3] - target[:, None, :, :3]).square().sum(-1)
+        forward, backward = distance.argmin(2), distance.argmin(1)
+    features, wanted = prediction[..., 3:], target[..., 3:]
+    columns = features.shape[2]
+    one = features - wanted.gather(1, forward[..., None].expand(-1, -1, columns))
+    other = wanted - features.gather(1, backward[..., None].expand(-1, -1, columns))
+    return 0.5 * (one.square().mean() + other.square().mean())
 
 
 @METHODS.register

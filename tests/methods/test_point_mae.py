@@ -11,6 +11,7 @@ import geossl
 from geossl.errors import ConfigError, UnknownNameError
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.methods import METHODS, PointMAE
+from geossl.methods.point_mae import matched_feature_error
 
 
 def tiny(columns: int = 3, **options) -> PointMAE:
@@ -40,6 +41,29 @@ def test_the_loss_falls_on_one_batch(options, columns):
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_feature_columns_are_learned_when_asked_for():
+    """Colour that is a function of position can be predicted, and the loss says how well."""
+    method, batch = tiny(6, feature_weight=1.0).train(), clouds(60, 60, columns=6)
+    batch.points.feats.copy_(batch.points.coord.sigmoid())
+    optimiser = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(60):
+        output = method(batch, generator=torch.Generator().manual_seed(1))
+        optimiser.zero_grad()
+        output.loss.backward()
+        optimiser.step()
+        errors.append(float(output.metrics["feature_error"]))
+    assert output.aux["prediction"].shape[2] == 6
+    assert errors[-1] < 0.3 * errors[0]
+
+
+def test_feature_error_compares_nearest_points_both_ways():
+    prediction = torch.tensor([[[0.0, 0, 0, 1], [5, 0, 0, 3]]])
+    target = torch.tensor([[[0.1, 0, 0, 2], [0.2, 0, 0, 4], [5, 0, 0, 3]]])
+    assert float(matched_feature_error(prediction, target)) == pytest.approx(0.5 * ((1 + 0) / 2 + (1 + 9 + 0) / 3))
+    assert float(matched_feature_error(prediction[:0], target[:0])) == 0.0
 
 
 def test_hidden_points_reach_the_prediction_only_through_their_centre():
@@ -90,6 +114,8 @@ def test_pictures_hold_the_parts_of_each_cloud():
     ("options", "error", "message"),
     [
         ({"mask_ratio": 1.0}, ConfigError, "mask_ratio must lie strictly between 0 and 1, got 1.0"),
+        ({"feature_weight": -1.0}, ConfigError, "feature_weight must be at least 0, got -1.0"),
+        ({"feature_weight": 1.0}, ConfigError, "feature_weight needs points with columns after the coordinates"),
         ({"loss": "cdl3"}, UnknownNameError, "did you mean 'cdl"),
         ({"mask": "blok"}, UnknownNameError, "did you mean 'block'"),
         ({"decoder_heads": 5}, ConfigError, "decoder_heads must divide the backbone's dim 24, got 5"),
