@@ -35,7 +35,7 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -65,13 +65,13 @@ def require(condition: bool, key: str, expected: str, value: Any) -> None:
         raise ConfigError(f"{key} {expected}, got {value!r}")
 
 
-def registry_field(registry: Registry[Any], default: str) -> Any:
+def registry_field(registry: Registry[Any], default: str | None) -> Any:
     """Declare a dataclass field that is a choice: a variant of ``registry`` with its own configuration.
 
     In YAML ``{name: X, key: value}`` (or just ``X``) takes the default configuration of variant ``X`` and overrides its keys; on the
-    command line ``--field.name X --field.key value`` does.
+    command line ``--field.name X --field.key value`` does. With ``default=None`` the field is None (null in YAML) unless one is named.
     """
-    return field(default_factory=lambda: registry.config(default), metadata={"registry": registry})
+    return field(default_factory=lambda: None if default is None else registry.config(default), metadata={"registry": registry})
 
 
 def load_config(cls: type[ConfigT], path: str | Path | None, args: Sequence[str] = (), *, prog: str | None = None) -> ConfigT:
@@ -196,12 +196,14 @@ class _Builder:
 
     def choose(self, registry: Registry[Any], default: Any, data: Any, path: str) -> Any:
         """Return the configuration of the variant that ``data`` (or a flag) names, with the other keys of ``data`` replaced."""
-        data = {"name": data} if isinstance(data, str) else data
+        data = {"name": data} if isinstance(data, str) else {} if data is None and default is None else data
         if not isinstance(data, Mapping):
             raise ConfigError(f"{path} must be a {registry.kind} name or a mapping with the key 'name', got {data!r}")
-        in_file = data.get("name", default.name)
+        if default is None and not data and path not in self.names:
+            return None
+        in_file = data.get("name", getattr(default, "name", None))
         name = self.names.get(path, in_file)
-        if name != in_file:
+        if name != in_file and in_file is not None:
             dropped = [f"{path}.{key}" for key in data if key != "name"]
             if dropped:
                 log.warning("%s.name is now %s: the file's %s belong to %s and are left out", path, name, ", ".join(dropped), in_file)
@@ -347,12 +349,20 @@ def _chosen_names(args: Sequence[str]) -> dict[str, str]:
     return chosen
 
 
-def _flags_class(config: Any, variants: Sequence[str] = ()) -> type:
+@dataclass
+class _Unchosen:
+    """Stands in the help for a choice that is not made."""
+
+    name: str | None = None
+    """Registered name; null for none."""
+
+
+def _flags_class(config: Any, names: Sequence[str] = ()) -> type:
     """Make a plain dataclass with the fields, types, docs and present values of ``config``.
 
     tyro parses into this twin rather than into the configuration itself, so that the checks in ``__post_init__`` run in
-    :func:`_apply`, where the dotted key is known, and so that a choice has the fields of the variant chosen. ``variants`` are the
-    other names ``config`` could have, for the help.
+    :func:`_apply`, where the dotted key is known, and so that a choice has the fields of the variant chosen. ``names`` are
+    those ``config`` could have, for the help.
     """
     import tyro
 
@@ -362,12 +372,15 @@ def _flags_class(config: Any, variants: Sequence[str] = ()) -> type:
         if not f.init:
             continue
         value, hint = getattr(config, f.name), hints[f.name]
+        variants = f.metadata["registry"].names() if "registry" in f.metadata else ()
+        if variants and value is None:
+            value = _Unchosen()
         if is_dataclass(value):
-            hint = _flags_class(value, f.metadata["registry"].names() if "registry" in f.metadata else ())
+            hint = _flags_class(value, variants)
             default = field(default_factory=hint)
         else:
             default = field(default_factory=lambda value=value: value)  # type: ignore[misc]
-        doc = docs.get(f.name, "") + (f" One of: {', '.join(variants)}." if variants and f.name == "name" else "")
+        doc = docs.get(f.name, "") + (f" One of: {', '.join(names)}." if names and f.name == "name" else "")
         members.append((f.name, Annotated[hint, tyro.conf.arg(help=doc)], default))
     return dataclasses.make_dataclass(type(config).__name__, members)
 
@@ -415,7 +428,10 @@ def _apply(config: Any, flags: Any, path: str) -> Any:
     changes = {}
     for f in fields(flags):
         current, value = getattr(config, f.name), getattr(flags, f.name)
-        changes[f.name] = _apply(current, value, _join(path, f.name)) if is_dataclass(current) else value
+        if is_dataclass(current):
+            changes[f.name] = _apply(current, value, _join(path, f.name))
+        elif not is_dataclass(value):  # a choice that is not made has no values
+            changes[f.name] = value
     return _replace(config, changes, path)
 
 

@@ -78,6 +78,8 @@ class Program:
 
     shape: Any = registry_field(SHAPES, default="ball")  # noqa: RUF009
     """What is trained."""
+    extra: Any = registry_field(SHAPES, default=None)  # noqa: RUF009
+    """Perhaps a second shape."""
     optim: Optim = field(default_factory=Optim)
     """How it is trained."""
     out: Path = Path("runs/x")
@@ -106,6 +108,21 @@ def test_choice_takes_the_defaults_of_the_variant(tmp_path: Path) -> None:
     assert from_dict(Program, {"shape": {"name": "big_ball", "radius": 3}}).shape == Ball(name="big_ball", radius=3.0)
     flags = ["--shape.name=box", "--shape.size", "1", "2", "3", "--shape.labels", "a", "b"]
     assert load_config(Program, None, flags).shape == Box(size=(1.0, 2.0, 3.0), labels=("a", "b"))
+
+
+def test_choice_that_need_not_be_made(tmp_path: Path) -> None:
+    assert Program().extra is None
+    assert from_dict(Program, {"extra": None}).extra is None
+    assert from_dict(Program, {"extra": {"name": "ball", "radius": 2}}).extra == Ball(radius=2.0)
+    assert load_config(Program, None, ["--extra.name", "ball", "--extra.radius", "4"]).extra == Ball(radius=4.0)
+    path = write(tmp_path, "extra: {name: box}")
+    assert load_config(Program, path, ["--note", "x"]).extra == Box()
+    with pytest.raises(UnknownNameError, match=r"extra\.name: unknown shape 'bal'"):
+        load_config(Program, None, ["--extra.name", "bal"])
+    with pytest.raises(UnknownNameError, match=r"unknown flag '--extra\.radius'"):
+        load_config(Program, None, ["--extra.radius", "4"])
+    with pytest.raises(ConfigError, match=r"extra\.name must be the name of a shape, got None"):
+        from_dict(Program, {"extra": {"radius": 4}})
 
 
 def test_choice_by_flag_leaves_the_keys_of_the_other_variant_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,7 +260,14 @@ optims = st.builds(
     warmup=st.integers(min_value=0),
     nesterov=st.booleans(),
 )
-programs = st.builds(Program, shape=shapes, optim=optims, out=texts.filter(lambda t: t.strip() and "\0" not in t).map(Path), note=texts)
+programs = st.builds(
+    Program,
+    shape=shapes,
+    extra=st.none() | shapes,
+    optim=optims,
+    out=texts.filter(lambda t: t.strip() and "\0" not in t).map(Path),
+    note=texts,
+)
 
 
 @given(programs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,7 +93,9 @@ def start_world(device: str = "auto", parallel: str = "ddp") -> World:
 
 
 def stop_world() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined. Call it once more when the module is no longer in use, before the program ends."""
     if dist.is_initialized():
-        dist.barrier()  # a process that leaves while another still talks to it can abort in gloo
+        dist.barrier()
         dist.destroy_process_group()
+    # A sharded module holds on to its groups in reference cycles. Left to the end of the interpreter, gloo's threads abort it.
+    gc.collect()

@@ -32,7 +32,7 @@ from geossl.engine.checkpoint import (
     write_checkpoint,
     write_text_atomically,
 )
-from geossl.engine.distributed import World
+from geossl.engine.distributed import World, stop_world
 from geossl.engine.ema import EMA
 from geossl.engine.guard import NonFiniteError, save_offending
 from geossl.engine.interrupt import StopRequest
@@ -140,8 +140,8 @@ class Hooks:
     """Score whose highest value decides which checkpoint is the best; empty keeps none."""
     export: Callable[[nn.Module, Path], Any] | None = None
     """Writes the trained module into a folder, at the end."""
-    report: Callable[[Path], Any] | None = None
-    """Makes the report of the run folder, at the end."""
+    report: Callable[[nn.Module, Path], Any] | None = None
+    """Makes the report of the run folder, at the very end. The process group is left by then: it may compute as it likes."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def train(
         settings: The resolved configuration as YAML, written into the run folder.
 
     Returns:
-        How it ended. After SIGTERM or SIGINT a checkpoint is written and ``signal`` says which it was.
+        How it ended. After SIGTERM or SIGINT a checkpoint is written and ``signal`` says which it was. The process group is left when the
+        training is complete.
 
     Raises:
         ConfigError: the run folder holds another run.
@@ -393,8 +394,9 @@ class Trainer:
         with self._evaluated() as module:
             if module is not None and self.hooks.export is not None:
                 self.hooks.export(module, folder / "export")
-        if self.world.is_main and self.hooks.report is not None:
-            self.hooks.report(folder)
+            stop_world()
+            if module is not None and self.hooks.report is not None:
+                self.hooks.report(module, folder)
 
     # ---------------------------------------------------------------------------------------------------------------
     # Checkpoints

@@ -1,0 +1,180 @@
+"""``geossl finetune``: supervised training of a task on a pretrained backbone.
+
+    finetune.py [CONFIG.yaml] --weights runs/quickstart [--data.name modelnet40]
+
+``--weights`` takes what ``geossl.load`` takes (a run folder, an export folder, a hub id) or an official checkpoint file. Without it the
+backbone starts from random weights, the honest comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, set_up_messages, tell_changes
+from geossl.config import load_config, registry_field, require, split_arguments, to_yaml
+from geossl.data import DATASETS, build_loader
+from geossl.engine import Hooks, OptimConfig, TrainConfig, World, seed_everything, start_world, stop_world, train
+from geossl.errors import CheckpointError, ConfigError
+from geossl.models import BACKBONES, load
+from geossl.models.checkpoints import load_state
+from geossl.tasks import TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Supervised training of a task on a (pretrained) backbone."""
+
+    task: Any = registry_field(TASKS, default="classification")  # noqa: RUF009 - makes a dataclass field
+    """Task: head and loss."""
+    weights: str | None = None
+    """Pretrained weights: a run or export folder, a hub id, or an official checkpoint file (.pth); null starts from random ones."""
+    backbone: Any = registry_field(BACKBONES, default=None)  # noqa: RUF009
+    """Encoder; null is the one the weights belong to. Name it to change numbers the weights do not depend on (groups, drop_path)."""
+    data: Any = registry_field(DATASETS, default="objects")  # noqa: RUF009
+    """Data set with classes: trained on its training part, evaluated on its test part."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, warmup=50, clip=10.0))
+    """Optimiser and schedule."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(run_folder=Path("runs/finetune"), steps=1000, batch_size=32))
+    """Length, size and machinery of the training."""
+    evaluate_every: int = 250
+    """Steps between two evaluations on the test part; the last step is always evaluated."""
+    resume: str = "none"
+    """`auto` continues the run in train.run_folder from its newest intact checkpoint, if it has any; or the path of a checkpoint or run
+    folder; `none` starts anew."""
+
+    def __post_init__(self) -> None:
+        require(self.evaluate_every >= 1, "evaluate_every", "must be at least 1", self.evaluate_every)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    path, args = split_arguments(sys.argv[1:] if argv is None else argv)
+    set_up_messages()
+    config = load_config(FinetuneConfig, path, args, prog="finetune [CONFIG.yaml]")
+    world = start_world(config.train.device, config.train.parallel)
+    code = finetune(config, world)
+    stop_world()
+    return code
+
+
+def finetune(config: FinetuneConfig, world: World) -> int:
+    """Fine-tune as ``config`` says, as one of the processes of ``world``; returns the exit code."""
+    dataset, test = config.data.build("train"), config.data.build("test")
+    check_labels(dataset)
+    config = dataclasses.replace(config, task=with_classes(config.task, dataset))
+    loader = batches(dataset, config.train, world)
+    seed_everything(config.train.seed)
+    backbone = build_backbone(config)
+    check_columns(dataset, backbone.config)
+    module = config.task.build(backbone)
+
+    def export(module: nn.Module, folder: Path) -> None:
+        export_backbone(
+            module, folder, model_card(config, dataset.classes), lambda place: save_task(module, config, dataset.classes, place)
+        )
+
+    def report(module: nn.Module, folder: Path) -> None:
+        from geossl.vis import write_report
+
+        log.info("report: %s", write_report(folder))
+
+    hooks = Hooks(
+        probe=lambda module: accuracy(module, test, config.train.batch_size),
+        probe_every=config.evaluate_every,
+        best="accuracy",
+        export=export,
+        report=report,
+    )
+    settings = dataclasses.replace(config, resume="none", train=dataclasses.replace(config.train, overwrite=False))
+    if config.resume != "none" and world.is_main:
+        tell_changes(settings, config.train.run_folder)
+    result = train(module, loader, config.train, config.optim, world, hooks=hooks, resume=config.resume, settings=to_yaml(settings))
+    return exit_code(result, config.train.run_folder)
+
+
+def check_labels(dataset: Any) -> None:
+    """Check that every training sample has a class."""
+    missing = int((dataset.labels < 0).sum())
+    if not dataset.classes or missing:
+        hint = "; use --data.subset labelled" if hasattr(dataset.config, "subset") else ""
+        raise ConfigError(f"data: {missing} of the {len(dataset)} samples of {dataset.config.name} have no class{hint}")
+
+
+def with_classes(task: Any, dataset: Any) -> Any:
+    """Fill in the number of classes where the task leaves it to the data."""
+    if task.classes and task.classes != len(dataset.classes):
+        raise ConfigError(f"task.classes is {task.classes}, but data set {dataset.config.name} has {len(dataset.classes)}; leave it at 0")
+    return dataclasses.replace(task, classes=len(dataset.classes))
+
+
+def build_backbone(config: FinetuneConfig) -> Any:
+    """Make the backbone and fill it with the pretrained weights, all of them or none."""
+    if config.weights is None:
+        if config.backbone is None:
+            raise ConfigError(
+                "weights: give --weights (a run folder, an export or an official checkpoint), or --backbone.name for random weights"
+            )
+        log.warning("no --weights: the backbone starts from random ones")
+        return config.backbone.build()
+    pretrained = read_weights(config.weights)
+    if config.backbone is None:
+        return pretrained
+    backbone = config.backbone.build()
+    load_state(backbone, pretrained.state_dict(), source=config.weights)
+    return backbone
+
+
+def read_weights(source: str) -> Any:
+    """Read a pretrained backbone from a folder, a hub id or an official checkpoint file."""
+    if Path(source).is_file():
+        from geossl.methods import load_reference
+
+        return getattr(load_reference("point_mae", source), "backbone")  # noqa: B009 - the protocol of methods, unknown to nn.Module
+    if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
+        raise CheckpointError(f"{source}: no such file")
+    return load(source)
+
+
+@torch.no_grad()
+def accuracy(module: Any, dataset: Any, batch_size: int) -> dict[str, float]:
+    """Overall accuracy and mean accuracy per class of a classifier on the evaluation form of ``dataset``, in [0, 1]."""
+    device = next(module.parameters()).device
+    loader = build_loader(dataset, min(batch_size, len(dataset)), seed=0, shuffle=False, drop_last=False, augment=False)
+    right, of = np.zeros(len(dataset.classes)), np.zeros(len(dataset.classes))
+    for batch in loader.one_pass():
+        label = np.asarray(batch.label)
+        guess = module.logits(batch.to(device).points).argmax(1).cpu().numpy()
+        np.add.at(right, label, guess == label)
+        np.add.at(of, label, 1)
+    per_class = right[of > 0] / of[of > 0]
+    return {"accuracy": float(right.sum() / of.sum()), "class_accuracy": float(per_class.mean())}
+
+
+def save_task(module: nn.Module, config: FinetuneConfig, classes: list[str], folder: Path) -> None:
+    """Write the whole task (backbone and head) beside the exported backbone."""
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "task.safetensors", metadata={"format": "pt"})
+    about = {"task": dataclasses.asdict(config.task), "classes": classes}
+    (folder / "task.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(config: FinetuneConfig, classes: list[str]) -> str:
+    """What the exported files are, in Markdown."""
+    return f"""# {config.task.name} on {config.data.name}, fine-tuned from {config.weights or "random weights"}
+
+Made with [geossl](https://pypi.org/project/geossl).
+
+- classes: {", ".join(classes)}
+- training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
+- files: `model.safetensors` and `config.json` (the backbone, read by `geossl.load`), `task.safetensors` and `task.json` (backbone and head)
+"""

@@ -1,0 +1,165 @@
+"""``geossl pretrain``: self-supervised pretraining.
+
+    pretrain.py [CONFIG.yaml] [--method.mask_ratio 0.6] [--train.steps 2000] [--resume auto]
+    torchrun --nproc-per-node 2 tools/pretrain.py CONFIG.yaml
+
+Without a configuration file it trains a small encoder on the embedded objects, in a few minutes on a laptop. The run folder then holds
+the resolved configuration, metrics, checkpoints, the exported encoder and ``report.html``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, set_up_messages, tell_changes
+from geossl.config import load_config, registry_field, require, split_arguments, to_yaml
+from geossl.data import DATASETS
+from geossl.engine import Hooks, OptimConfig, TrainConfig, World, seed_everything, start_world, stop_world, train
+from geossl.errors import ConfigError
+from geossl.evaluation import Prober, quick_probe, save_report_data
+from geossl.methods import METHODS
+from geossl.models import BACKBONES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Probing the encoder while it trains, and for the report."""
+
+    every: int = 0
+    """Steps between two probes (linear SVM, a few seconds each); 0 probes for the report only."""
+    data: Any = registry_field(DATASETS, default=None)  # noqa: RUF009 - makes a dataclass field
+    """Labelled data set to probe on; null is the one trained on."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose normed outputs are read, side by side (negative counts from the end); none given: the last."""
+    pooling: Literal["mean_max", "mean", "max"] = "mean_max"
+    """How the tokens of an object become one vector."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "every", "must not be negative", self.every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Self-supervised pretraining of a backbone. The defaults are the quickstart."""
+
+    method: Any = registry_field(METHODS, default="point_mae")  # noqa: RUF009
+    """Self-supervised method."""
+    backbone: Any = registry_field(BACKBONES, default="point_vit_tiny")  # noqa: RUF009
+    """Encoder to pretrain."""
+    data: Any = registry_field(DATASETS, default="objects")  # noqa: RUF009
+    """Data set; its training part is used."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=50))
+    """Optimiser and schedule."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(run_folder=Path("runs/quickstart"), steps=1000, batch_size=32, save_every=250)
+    )
+    """Length, size and machinery of the training."""
+    probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(every=250))
+    """Probing while training."""
+    resume: str = "none"
+    """`auto` continues the run in train.run_folder from its newest intact checkpoint, if it has any; or the path of a checkpoint or run
+    folder; `none` starts anew."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    path, args = split_arguments(sys.argv[1:] if argv is None else argv)
+    set_up_messages()
+    config = load_config(PretrainConfig, path, args, prog="pretrain [CONFIG.yaml]")
+    world = start_world(config.train.device, config.train.parallel)
+    code = pretrain(config, world)
+    stop_world()
+    return code
+
+
+def pretrain(config: PretrainConfig, world: World) -> int:
+    """Pretrain as ``config`` says, as one of the processes of ``world``; returns the exit code."""
+    dataset = config.data.build("train")
+    check_columns(dataset, config.backbone)
+    loader = batches(dataset, config.train, world)
+    seed_everything(config.train.seed)
+    module = config.method.build(config.backbone.build())
+    prober = build_prober(config, dataset) if world.is_main else None
+
+    def export(module: nn.Module, folder: Path) -> None:
+        export_backbone(module, folder, model_card(config))
+
+    def report(module: nn.Module, folder: Path) -> None:
+        from geossl.vis import write_report
+
+        log.info("writing the report")
+        save_report_data(folder, module, prober, pictured(config, dataset), seed=config.train.seed)
+        path = write_report(folder)
+        log.info("encoder: geossl.load(%r)   report: %s", str(folder), path)
+
+    hooks = Hooks(
+        probe=None if prober is None else lambda module: quick_probe(module, prober),
+        probe_every=config.probe.every if has_classes(config, dataset) else 0,
+        best="svm",
+        export=export,
+        report=report,
+    )
+    if config.resume != "none" and world.is_main:
+        tell_changes(started_as(config), config.train.run_folder)
+    result = train(
+        module, loader, config.train, config.optim, world, hooks=hooks, resume=config.resume, settings=to_yaml(started_as(config))
+    )
+    return exit_code(result, config.train.run_folder)
+
+
+def started_as(config: PretrainConfig) -> PretrainConfig:
+    """The configuration as it is written into the run folder: fed back, it starts the same run, and overwrites nothing."""
+    return dataclasses.replace(config, resume="none", train=dataclasses.replace(config.train, overwrite=False))
+
+
+def has_classes(config: PretrainConfig, dataset: Any) -> bool:
+    """Whether there are labels to probe with."""
+    return config.probe.data is not None or bool((dataset.labels >= 0).any())
+
+
+def build_prober(config: PretrainConfig, dataset: Any) -> Prober | None:
+    """Make what probes the encoder; None when the data has no classes."""
+    if not has_classes(config, dataset):
+        log.info("data set %s has no classes: the encoder is not probed (choose a labelled one with --probe.data.name)", config.data.name)
+        return None
+    data = config.data if config.probe.data is None else config.probe.data
+    train = dataset if config.probe.data is None else data.build("train")
+    test = data.build("test")
+    if test.channels != dataset.channels:
+        raise ConfigError(
+            f"probe.data.columns {data.columns!r} differs from data.columns {config.data.columns!r}: the encoder takes the latter"
+        )
+    return Prober(train, test, layers=list(config.probe.layers) or None, pooling=config.probe.pooling)
+
+
+def pictured(config: PretrainConfig, dataset: Any) -> Any:
+    """The data the report's pictures are made of: the test part, or the training part where there is none."""
+    test = config.data.build("test")
+    return test if len(test) else dataset
+
+
+def model_card(config: PretrainConfig) -> str:
+    """What an exported encoder is and how to use it, in Markdown."""
+    data, backbone = config.data, config.backbone
+    return f"""# {backbone.name}, pretrained with {config.method.name} on {data.name}
+
+An encoder of point clouds made with [geossl](https://pypi.org/project/geossl).
+
+- input: {data.points} points, columns {data.columns} ({backbone.in_channels} numbers a point), normalised with `{data.normalize}`
+- output: {backbone.groups} tokens of {backbone.dim} channels
+- training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
+- files: `model.safetensors` (weights), `config.json` (architecture)
+
+```python
+import geossl
+
+backbone = geossl.load("path/to/this/folder")
+features = geossl.extract_features(backbone, points)  # points [B, N, {backbone.in_channels}] float32
+```
+"""

@@ -1,0 +1,155 @@
+"""What ``geossl pretrain`` and ``geossl finetune`` share: batches, messages, exports."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geossl.config import flatten, read_yaml
+from geossl.data import Loader, build_loader
+from geossl.engine import BatchLoader, Result, TrainConfig, World
+from geossl.errors import ConfigError
+from geossl.geometry import PackedPoints, PointBatch
+from geossl.models import save_backbone
+
+log = logging.getLogger("geossl")
+
+
+def set_up_messages() -> None:
+    """Show warnings of geossl on stderr, and what a run tells about itself from the first process."""
+
+    class Stderr(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+            print(prefix + record.getMessage(), file=sys.stderr)  # looked up now: rich redirects it while it draws the progress line
+
+    log.handlers = [Stderr()]
+    log.propagate = False
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def batches(dataset: Any, config: TrainConfig, world: World) -> BatchLoader:
+    """Make the endless stream of this process's training (micro-)batches of ``dataset``."""
+    parts = world.size * config.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"train.batch_size: {config.batch_size} does not divide by "
+            f"the {world.size} processes times train.accumulate {config.accumulate}"
+        )
+    loader = build_loader(
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    return loader if config.accumulate == 1 else MicroBatches(loader, config.accumulate)
+
+
+class MicroBatches:
+    """Hands out the batches of ``loader`` in ``parts`` pieces each. Its position is that of whole batches: save it between two of them."""
+
+    def __init__(self, loader: Loader, parts: int) -> None:
+        self.batches_per_epoch = loader.batches_per_epoch
+        self._loader, self._parts = loader, parts
+        self._ready: deque[PointBatch] = deque()
+
+    def __next__(self) -> PointBatch:
+        """Return the next piece."""
+        if not self._ready:
+            self._ready.extend(split_batch(next(self._loader), self._parts))
+        return self._ready.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the loader."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position."""
+        self._ready.clear()
+        self._loader.load_state_dict(state)
+
+    def close(self) -> None:
+        """Stop the loader's workers."""
+        self._loader.close()
+
+
+def split_batch(batch: PointBatch, parts: int) -> list[PointBatch]:
+    """Cut a batch into ``parts`` batches of nearly equal size that keep their slots in the global batch."""
+    count = len(batch)
+    slot = torch.arange(count) if batch.slot is None else batch.slot
+    size = batch.global_size or count
+    pieces = []
+    for part in range(parts):
+        rows = slice(count * part // parts, count * (part + 1) // parts)
+        offsets = batch.points.offsets[rows.start : rows.stop + 1]
+        begin, end = int(offsets[0]), int(offsets[-1])
+        feats = None if batch.points.feats is None else batch.points.feats[begin:end]
+        points = PackedPoints(batch.points.coord[begin:end], offsets - begin, feats)
+        label, index = (None if values is None else values[rows] for values in (batch.label, batch.index))
+        pieces.append(PointBatch(points, label, index, slot[rows], size))
+    return pieces
+
+
+def check_columns(dataset: Any, backbone: Any) -> None:
+    """Check that a backbone configuration takes the columns that ``dataset`` gives."""
+    wanted = getattr(backbone, "in_channels", dataset.channels)
+    if wanted != dataset.channels:
+        raise ConfigError(
+            f"backbone.in_channels is {wanted}, but data.columns {dataset.config.columns!r} gives {dataset.channels}; "
+            f"use --backbone.in_channels {dataset.channels}, or other columns"
+        )
+
+
+def tell_changes(config: Any, run_folder: Path) -> None:
+    """When a run is continued, tell which settings differ from those it was started with."""
+    path = run_folder / "config.yaml"
+    if not path.exists():
+        return
+
+    def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {key: value for name, part in tree.items() for key, value in leaves(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+    before = leaves(read_yaml(path))
+    now = {
+        key: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        for key, value in flatten(config).items()
+    }
+    changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        log.warning("settings changed since the run was started: %s", ", ".join(changed))
+
+
+def export_backbone(module: nn.Module, folder: Path, card: str, extra: Callable[[Path], Any] | None = None) -> None:
+    """Write the backbone of ``module`` and a model card into ``folder``, replacing what is there in one go."""
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_backbone(getattr(module, "backbone"), temporary)  # noqa: B009 - the protocol of methods and tasks, unknown to nn.Module
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    if extra is not None:
+        extra(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def exit_code(result: Result, run_folder: Path) -> int:
+    """Say how a stopped run goes on, and return the exit code: 0, or 128 plus the signal's number."""
+    if result.signal is None:
+        return 0
+    name = signal.Signals(result.signal).name
+    log.info("%s: stopped after step %d of %d, checkpoint in %s; continue with --resume auto", name, result.step, result.total, run_folder)
+    return 128 + result.signal
