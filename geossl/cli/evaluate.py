@@ -20,7 +20,7 @@ from geossl.data.files import atomic_write
 from geossl.data.sample import COLUMN_NAMES, Columns
 from geossl.errors import ConfigError, DataError
 from geossl.evaluation import PROBES, ProbeProtocol, Prober
-from geossl.evaluation.summary import class_table, confusion_table, summarise, table_of, verdict
+from geossl.evaluation.summary import class_table, confusion_table, summarise, table_of
 
 # What a run says about its data that a probe of it needs, too.
 _RUN_DATA_KEYS = ("name", "root", "points", "columns", "normalize")
@@ -112,12 +112,13 @@ def show(summary: dict[str, Any], config: EvaluateConfig) -> None:
         console.print(class_table(summary, shown))
     if config.confusion:
         console.print(confusion_table(summary, shown))
-    result = verdict(summary, shown)
+    result = summary["verdict"]
     if result:
-        mean, lead, deviation = result
-        word = "above" if lead >= 0 else "below"
-        spread = "" if abs(lead) > deviation else ", within the spread of the resplits"
-        console.print(f"{shown}: {100 * mean:.1f} %, {abs(100 * lead):.1f} points {word} the calibrated random encoder{spread}")
+        lead = 100 * result["lead"]
+        console.print(
+            f"{result['probe']}: {100 * result['mean']:.1f} %, {abs(lead):.1f} points {'above' if lead >= 0 else 'below'} the calibrated "
+            f"random encoder (deviation of the difference over the resplits: {100 * result['lead_std']:.1f})"
+        )
 
 
 def load_model(name: str, data: Any) -> Any:

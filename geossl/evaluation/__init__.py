@@ -11,6 +11,8 @@ from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
 from geossl.evaluation.prober import Prober, quick_probe
 from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore, probe
+from geossl.evaluation.report_data import save_report_data
+from geossl.evaluation.summary import summarise
 
 __all__ = [
     "BASELINES",
@@ -28,5 +30,7 @@ __all__ = [
     "quick_probe",
     "random_twin",
     "read_tokens",
+    "save_report_data",
     "shape_descriptor",
+    "summarise",
 ]

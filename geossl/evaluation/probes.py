@@ -74,7 +74,7 @@ class ProbeProtocol:
     """Inverse regularisation of the logistic regression."""
     svm_c: float = 0.003
     """Inverse regularisation of the SVM with fixed C."""
-    search_c: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+    search_c: tuple[float, ...] = (0.001, 0.006, 0.04, 0.25)
     """Values tried by ``svm_cv`` inside the training part (three group-aware parts)."""
 
     def __post_init__(self) -> None:

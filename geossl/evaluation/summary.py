@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from geossl.evaluation.baselines import BASELINES
 from geossl.evaluation.probes import PROBES, ProbeProtocol, ProbeScore
 
@@ -35,6 +37,8 @@ def summarise(
         "classes": list(classes),
         "scores": [score.to_json() for score in scores],
         "baselines": {name: [score.to_json() for score in rows] for name, rows in baselines.items()},
+        "baselines_about": {name: BASELINES.get(name, "") for name in baselines},
+        "verdict": verdict(scores, baselines.get(BAR, ())),
     }
 
 
@@ -46,19 +50,27 @@ def rows_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         by_probe = {score["probe"]: score for score in scores}
         # The majority class needs no probe: it stands under every one of them.
         cells = [by_probe.get(probe) or by_probe.get("majority") for probe in probes]
-        rows.append({"name": name, "about": BASELINES.get(name, ""), "own": False, "cells": cells})
+        rows.append({"name": name, "own": False, "cells": cells})
     by_probe = {score["probe"]: score for score in summary["scores"]}
-    rows.append({"name": "encoder", "about": str(summary.get("model", "")), "own": True, "cells": [by_probe.get(p) for p in probes]})
+    rows.append({"name": "encoder", "own": True, "cells": [by_probe.get(probe) for probe in probes]})
     return rows
 
 
-def verdict(summary: Mapping[str, Any], probe: str = "svm") -> tuple[float, float, float] | None:
-    """Return mean accuracy, lead over the calibrated random encoder and standard deviation over the resplits; None where not probed."""
-    own = next((score for score in summary["scores"] if score["probe"] == probe), None)
-    bar = next((score for score in summary["baselines"].get(BAR, []) if score["probe"] == probe), None)
-    if own is None or bar is None:
+def verdict(scores: Sequence[ProbeScore], bar: Sequence[ProbeScore]) -> dict[str, Any] | None:
+    """Compare the encoder with the bar on equal resplits, by the SVM with fixed C (or the first probe, where that was not fitted).
+
+    Returns:
+        ``probe``, ``mean`` and ``std`` of the encoder, ``bar`` (mean of the baseline), ``lead`` (mean of the differences per resplit)
+        and ``lead_std`` (their standard deviation), all in [0, 1]; None where the baseline was not probed.
+    """
+    by_probe = {score.probe: score for score in bar}
+    own = next((score for score in scores if score.probe == "svm"), scores[0])
+    other = by_probe.get(own.probe)
+    if other is None:
         return None
-    return own["mean"], own["mean"] - bar["mean"], own["std"]
+    lead = np.subtract(own.resplits, other.resplits)
+    deviation = float(lead.std(ddof=1)) if len(lead) > 1 else 0.0
+    return {"probe": own.probe, "mean": own.mean, "std": own.std, "bar": other.mean, "lead": float(lead.mean()), "lead_std": deviation}
 
 
 def table_of(summary: Mapping[str, Any]) -> Any:

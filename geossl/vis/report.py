@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import time
+import zipfile
+import zlib
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,7 @@ import numpy as np
 import yaml
 
 import geossl
-from geossl.data.files import atomic_write, read_npz
 from geossl.errors import DataError
-from geossl.evaluation.summary import BAR, rows_of, verdict
 from geossl.vis.layout import layout_2d, neighbors
 
 # Tableau's twenty colours; neighbours in this order are easy to tell apart.
@@ -50,8 +50,8 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` into a run folder from what is in it.
 
     Args:
-        run_folder: Holds ``metrics.jsonl`` and ``config.yaml``; ``report/`` (see :func:`geossl.vis.save_report_data`) and ``export/``
-            are used as far as they are there. A panel without data says what is missing.
+        run_folder: Holds ``metrics.jsonl`` and ``config.yaml``; ``report/`` (see :func:`geossl.evaluation.save_report_data`) and
+            ``export/`` are used as far as they are there. A panel without data says what is missing.
 
     Returns:
         Path of the report. The file is there whole or not at all.
@@ -85,7 +85,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     }
     path = run / "report.html"
     text = _assemble(f"{data['header']['title']} - geossl", data)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    _write_whole(path, text)
     return path
 
 
@@ -158,16 +158,16 @@ def _header(
 
     tiles: list[dict[str, str]] = []
     said: list[dict[str, str]] = []
-    result = verdict(summary) if summary else None
-    if summary and result:
-        mean, lead, deviation = result
-        bar = mean - lead
-        tiles.append({"label": "Probe, linear SVM", "value": f"{100 * mean:.1f} %", "note": f"± {100 * deviation:.1f} over resplits"})
-        tiles.append({"label": "Random encoder, calibrated", "value": f"{100 * bar:.1f} %", "note": "the bar to beat"})
-        clear = abs(lead) > deviation
+    result = summary.get("verdict") if summary else None
+    if result:
+        lead, clear = result["lead"], abs(result["lead"]) > result["lead_std"]
+        tiles.append(
+            {"label": "Probe, linear SVM", "value": _percent(result["mean"]), "note": f"± {100 * result['std']:.1f} over resplits"}
+        )
+        tiles.append({"label": "Random encoder, calibrated", "value": _percent(result["bar"]), "note": "the bar to beat"})
         said = [
             {"text": "A linear SVM on its frozen features reaches ", "style": ""},
-            {"text": f"{100 * mean:.1f} %", "style": "b"},
+            {"text": _percent(result["mean"]), "style": "b"},
             {"text": ", ", "style": ""},
             {"text": f"{abs(100 * lead):.1f} points {'above' if lead >= 0 else 'below'}", "style": "up" if lead >= 0 else "down"},
             {"text": " the same encoder before training" + ("." if clear else ", within the spread of the resplits."), "style": ""},
@@ -195,6 +195,10 @@ def _header(
         "tiles": tiles,
         "footer": f"Written by geossl {geossl.__version__} on {time.strftime('%Y-%m-%d %H:%M')}. One file, no network needed.",
     }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _titled(method: str) -> str:
@@ -305,19 +309,17 @@ def _probe_panel(summary: dict[str, Any] | None) -> dict[str, Any] | None:
     if summary is None:
         return None
     probes = list(summary["protocol"]["probes"])
-    keep = ("mean", "std", "official")
-    rows = [
-        {
-            "name": BASELINE_TITLES.get(row["name"], row["name"]),
-            "about": row["about"] + (" - the bar to beat" if row["name"] == BAR else ""),
-            "own": row["own"],
-            "cells": [{key: cell[key] for key in keep} if cell else None for cell in row["cells"]],
-        }
-        for row in rows_of(summary)
-    ]
+    rows = []
+    for name, scores in (*summary["baselines"].items(), ("encoder", summary["scores"])):
+        found = {score["probe"]: {key: score[key] for key in ("mean", "std", "official")} for score in scores}
+        about = str(summary.get("model", "")) if name == "encoder" else summary["baselines_about"][name]
+        about += " - the bar to beat" if name == "random" else ""
+        # The majority class needs no probe: it stands under every one of them.
+        cells = [found.get(probe) or found.get("majority") for probe in probes]
+        rows.append({"name": BASELINE_TITLES.get(name, name), "about": about, "own": name == "encoder", "cells": cells})
     titles = {"knn": "k-NN", "linear": "Logistic regression", "svm": "Linear SVM", "svm_cv": "Linear SVM, tuned"}
     fixed = summary["protocol"]
-    about = {
+    constants = {
         "knn": f"{fixed['neighbors']} neighbours, cosine",
         "linear": f"C = {fixed['linear_c']:g}",
         "svm": f"C = {fixed['svm_c']:g}",
@@ -328,7 +330,7 @@ def _probe_panel(summary: dict[str, Any] | None) -> dict[str, Any] | None:
     return {
         "protocol": "Encoder in evaluation mode, features standardised on the training part, nothing chosen on a test part.",
         "resplits": len(summary["protocol"]["resplit_seeds"]),
-        "columns": [{"name": titles.get(name, name), "about": about.get(name, "")} for name in probes],
+        "columns": [{"name": titles.get(name, name), "about": constants.get(name, "")} for name in probes],
         "rows": rows,
         "confusion": {"counts": shown["confusion"], "recall": shown["per_class"], "title": f"{titles.get(shown['probe'])}, {part}"},
     }
@@ -377,7 +379,25 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    return read_npz(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as npz ({error}); delete it to write the report without this panel") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it: it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: could not be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _assemble(title: str, data: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from torch import nn
 
 from geossl.data import collate
 from geossl.data.files import atomic_write
-from geossl.evaluation import Prober, probe
 from geossl.evaluation.features import device_of, frozen
+from geossl.evaluation.prober import Prober
+from geossl.evaluation.probes import probe
 from geossl.evaluation.summary import summarise
-
-log = logging.getLogger("geossl")
 
 THUMB_POINTS = 320
 
