@@ -17,7 +17,7 @@ step "geossl doctor"
 geossl doctor
 
 step "pretraining on the embedded objects: tools/pretrain.py"
-python tools/pretrain.py "$@"
+python tools/pretrain.py --resume auto "$@"  # a run that was interrupted goes on
 
 step "one vector per object: tools/extract_features.py"
 python tools/extract_features.py "$run" objects --output global --out "$run/features.npz"
