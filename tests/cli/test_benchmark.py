@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -190,23 +190,38 @@ def a_case(**changes) -> Case:
 
 
 def test_peers_take_turns_and_medians_are_taken():
-    order, times = [], {"ours": iter([9.0, 3.0, 4.0, 5.0]), "theirs": iter([9.0, 8.0, 10.0, 12.0])}
+    order, times = [], {"ours": iter([19.0, 9.0, 3.0, 4.0, 5.0]), "theirs": iter([19.0, 9.0, 8.0, 10.0, 12.0])}
 
     def fake_clock(run, calls):
         name = run()
         order.append(name)
         cpu = next(times[name]) * 1e-1
-        return Sample(cpu, 2 * cpu, 100.0, 1.0)
+        return Sample(cpu, 2 * cpu, 100.0 + len(order), 1.0)
 
     case = a_case(run=lambda: "ours", peers={"peer": lambda: "theirs"}, clock=fake_clock, share_of=4.0)
     row = measure("suite", "name", case, repeats=4)
-    assert order == ["ours", "theirs"] * 4
+    assert order == ["ours", "theirs"] * 5  # one call each for the memory, then the samples
     assert row.cpu_s == pytest.approx(0.45)  # of 0.9 0.3 0.4 0.5
     assert row.wall_s == pytest.approx(0.9)
     assert row.peer_cpu_s == pytest.approx(0.95)
     assert row.peer_ratio == pytest.approx(0.95 / 0.45)
-    assert (row.peak_mib, row.rise_mib, row.repeats, row.calls_per_repeat) == (100.0, 1.0, 4, 1)
+    assert (row.peak_mib, row.rise_mib, row.peers[0].peak_mib) == (101.0, 1.0, 102.0)
+    assert (row.repeats, row.calls_per_repeat) == (4, 1)
     assert row.share_of_step == pytest.approx(0.45 / 4)
+
+
+def test_slow_calls_are_sampled_less_often():
+    order = []
+    case = a_case(run=lambda: order.append("slow"), peers={"peer": lambda: order.append("quick")})
+
+    def fake_clock(run, calls):
+        run()
+        return Sample(2.5 if order[-1] == "slow" else 1.0, 1.0, None, None)
+
+    row = measure("suite", "name", replace(case, clock=fake_clock), repeats=5)
+    assert row.repeats == 3
+    assert order.count("quick") == 2 + 5  # the answer and the memory first
+    assert row.peak_mib is None
 
 
 def test_quick_calls_are_repeated_within_a_sample():
@@ -218,7 +233,7 @@ def test_quick_calls_are_repeated_within_a_sample():
 
     row = measure("suite", "name", a_case(run=call), repeats=2)
     assert row.calls_per_repeat > 100
-    assert count == 2 + 2 * row.calls_per_repeat  # the answer, one call to see how long it takes, then the samples
+    assert count == 2 + 2 * row.calls_per_repeat  # the answer, one for the memory, then the samples
     assert row.cpu_s < 1e-3
 
 
@@ -288,6 +303,13 @@ def test_peak_memory_is_that_of_the_sample():
     assert clock(large, 1).rise >= 31
     assert clock(lambda: None, 1).rise < 8  # the mark was reset
     assert peak_memory() > 50
+
+
+@pytest.mark.skipif(not LINUX, reason="peak memory is read from /proc")
+def test_memory_of_a_row_is_what_a_call_needs():
+    row = measure("suite", "name", a_case(run=lambda: torch.ones(4 << 20) + torch.ones(4 << 20), peers={"none": lambda: 1}), 1)
+    assert 45 <= row.rise_mib < 60  # three times 16 MiB
+    assert row.peers[0].peak_mib < row.peak_mib
 
 
 def test_rates_are_measured_once_and_make_sense():

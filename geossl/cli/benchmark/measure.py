@@ -6,6 +6,8 @@ that must at least be moved at the rate of its own copy. Both rates are measured
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import gc
 import os
@@ -50,7 +52,7 @@ def clock(run: Callable[[], Any], calls: int) -> Sample:
         run()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     peak = peak_memory()
-    return Sample(cpu / calls, wall / calls, peak, None if peak is None or before is None else max(peak - before, 0.0))
+    return Sample(cpu / calls, wall / calls, peak, None if peak is None or before is None else round(max(peak - before, 0.0), 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +102,15 @@ def measure(suite: str, name: str, case: Case, repeats: int) -> Row:
             runs[title] = run
     flop = case.flop if case.flop is not None else count_flop(case.run)
     del answer
-    gc.collect()
-    first = {title: case.clock(run, 1) for title, run in runs.items()}
+    first = {}  # for the memory, and to see how long a call takes
+    for title, run in runs.items():
+        release_memory()
+        first[title] = case.clock(run, 1)
     calls = {title: max(1, round(SAMPLE_SECONDS / max(sample.cpu, 1e-7))) for title, sample in first.items()}
-    samples = {title: [sample] if calls[title] == 1 else [] for title, sample in first.items()}
-    for _ in range(repeats):
+    samples: dict[str, list[Sample]] = {title: [] for title in runs}
+    for turn in range(repeats):
         for title, run in runs.items():
-            if len(samples[title]) < (repeats if first[title].cpu < SLOW_SECONDS else min(repeats, SLOW_REPEATS)):
+            if turn < SLOW_REPEATS or first[title].cpu < SLOW_SECONDS:
                 samples[title].append(case.clock(run, calls[title]))
 
     ours = samples.pop("")
@@ -118,7 +122,7 @@ def measure(suite: str, name: str, case: Case, repeats: int) -> Row:
             differs=peers[title].differs,
             cpu_s=cpu_of_peer,
             wall_s=median(sample.wall for sample in theirs),
-            peak_mib=_median_memory([sample.peak for sample in theirs]),
+            peak_mib=first[title].peak,
             ratio=cpu_of_peer / cpu,
         )
     return Row.of(
@@ -131,8 +135,8 @@ def measure(suite: str, name: str, case: Case, repeats: int) -> Row:
         wall_s=median(sample.wall for sample in ours),
         repeats=len(ours),
         calls_per_repeat=calls[""],
-        peak_mib=_median_memory([sample.peak for sample in ours]),
-        rise_mib=_median_memory([sample.rise for sample in ours]),
+        peak_mib=first[""].peak,
+        rise_mib=first[""].rise,
         flop=flop,
         flop_is=case.flop_is,
         gemm_flops=gemm_rate(case.dtype),
@@ -147,12 +151,14 @@ def measure(suite: str, name: str, case: Case, repeats: int) -> Row:
     )
 
 
-def _median_memory(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return round(median(known), 1) if known else None
-
-
 # Memory --------------------------------------------------------------------------------------------------------------------------------
+
+
+def release_memory() -> None:
+    """Give what is no longer used back to the system; glibc keeps freed memory resident, where it would hide what a call needs."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory() -> float | None:
@@ -174,7 +180,7 @@ def _status_mib(key: str) -> float | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)
+    return next((round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith(f"{key}:")), None)
 
 
 # Floor ---------------------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ class Peer:
     wall_s: float | None = None
     """Median wall seconds."""
     peak_mib: float | None = None
-    """Median of the highest resident memory of the process."""
+    """Highest resident memory of the process during one call."""
     ratio: float | None = None
     """Its CPU time over ours: above 1, ours is quicker."""
 
@@ -46,9 +46,9 @@ class Row:
     calls_per_repeat: int
     """Calls in each sample: quick ones are repeated."""
     peak_mib: float | None
-    """Highest resident memory of the whole process during a sample (median); None where the system does not tell."""
+    """Highest resident memory of the whole process during one call; None where the system does not tell."""
     rise_mib: float | None
-    """How far that lies over the resident memory just before."""
+    """How far that lies over what was resident just before: what stays between calls (weights, gradients) does not count."""
     flop: int
     """Floating point operations of a call."""
     flop_is: str
