@@ -88,15 +88,12 @@ def test_every_command_has_a_program_and_a_script(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_scripts_and_commands_print_their_help(command):
-    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "120"}
+def test_scripts_print_their_help(command):
     script = ROOT / "tools" / f"{SCRIPTS.get(command, command)}.py"
-    outputs = [
-        subprocess.run([sys.executable, *words, "--help"], env=env, capture_output=True, text=True, check=True).stdout
-        for words in (["-m", "geossl.cli", command], [str(script)])
-    ]
-    assert all(len(output.splitlines()) > 3 for output in outputs)
-    assert outputs[0].splitlines()[2:] == outputs[1].splitlines()[2:]  # the first lines may name the program
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    ran = subprocess.run([sys.executable, str(script), "--help"], env=env, capture_output=True, text=True, check=True)
+    assert len(ran.stdout.splitlines()) > 3
+    assert ran.stderr == ""
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
