@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from geossl.cli.benchmark.clouds import surfaces
-from geossl.cli.benchmark.measure import Case, clock, nbytes
-from geossl.cli.benchmark.steps import DTYPES, build_step, step_run
+from geossl.cli.benchmark.measure import Case, clock
+from geossl.cli.benchmark.steps import DTYPES, build_step, points_bytes, step_run
+from geossl.cli.pretrain import PretrainConfig
 from geossl.data import DATASETS, FileOptions, ShardOptions, build_loader, write_shards
 
 SHARE = 0.05
@@ -21,11 +22,13 @@ SHARE = 0.05
 
 def cases(method: str, quick: bool, folder: Path) -> dict[str, Callable[[], Case]]:
     """Return the cases of this suite by name; ``folder`` is a place for a shard set, which is gone afterwards."""
-    released, quickstart = ((2, 64), (4, 64)) if quick else ((8, 2048), (32, 1024))
+    default = PretrainConfig()
+    released, quickstart = ((2, 64), (4, 64)) if quick else ((8, 2048), (default.train.batch_size, default.data.points))
     shards = functools.partial(_shards, folder, *((16, 256) if quick else (64, 8192)))
+    objects = functools.partial(_objects, default.data.columns)
     make = functools.partial(_case, method, quick)
     return {
-        f"objects/{quickstart[0]}x{quickstart[1]}": functools.partial(make, _objects, quickstart, "quickstart"),
+        f"objects/{quickstart[0]}x{quickstart[1]}": functools.partial(make, objects, quickstart, "quickstart"),
         f"shards/{released[0]}x{released[1]}": functools.partial(make, shards, released, "released"),
         f"shards/{quickstart[0]}x{quickstart[1]}": functools.partial(make, shards, quickstart, "quickstart"),
     }
@@ -35,13 +38,13 @@ def _case(method: str, quick: bool, build: Callable[[int], tuple[Any, str]], siz
     clouds, points = size
     dataset, stored = build(points)
     loader = build_loader(dataset, clouds, seed=0)
-    coord = next(loader).points.coord
+    columns = points_bytes(next(loader).points)
     seconds = _step_seconds(method, step, quick)
     return Case(
         inputs=f"{clouds} x {points:,} points from {stored}: random subset, normalised and augmented",
         run=lambda: next(loader),
-        moved=2 * nbytes(coord),
-        moved_is="coordinates of the batch read and written once",
+        moved=2 * columns,
+        moved_is="columns of the batch read and written once",
         flop=0,
         flop_is="none",
         target=None if quick else SHARE * seconds,
@@ -49,10 +52,10 @@ def _case(method: str, quick: bool, build: Callable[[int], tuple[Any, str]], siz
     )
 
 
-def _objects(points: int) -> tuple[Any, str]:
+def _objects(columns: Any, points: int) -> tuple[Any, str]:
     config = DATASETS.config("objects")
-    config.points = points
-    return config.build("train"), "the embedded objects (in memory)"
+    config.columns, config.points = columns, points
+    return config.build("train"), f"the embedded objects (in memory, {columns})"
 
 
 def _shards(folder: Path, clouds: int, stored: int, points: int) -> tuple[Any, str]:

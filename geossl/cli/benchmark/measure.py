@@ -88,8 +88,8 @@ class Case:
     clock: Callable[[Callable[[], Any], int], Sample] = clock
 
 
-def measure(suite: str, name: str, case: Case, repeats: int) -> Row:
-    """Compare the answers, then time the case and its peers in turn, ``repeats`` times."""
+def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SAMPLE_SECONDS) -> Row:
+    """Compare the answers, then time the case and its peers in turn: ``repeats`` samples of at least ``seconds`` each."""
     peers = {title: Peer(name=title) for title in case.peers}
     runs: dict[str, Callable[[], Any]] = {"": case.run}
     answer = case.run()
@@ -106,7 +106,7 @@ def measure(suite: str, name: str, case: Case, repeats: int) -> Row:
     for title, run in runs.items():
         release_memory()
         first[title] = case.clock(run, 1)
-    calls = {title: max(1, round(SAMPLE_SECONDS / max(sample.cpu, 1e-7))) for title, sample in first.items()}
+    calls = {title: max(1, round(seconds / max(sample.cpu, 1e-7))) for title, sample in first.items()}
     samples: dict[str, list[Sample]] = {title: [] for title in runs}
     for turn in range(repeats):
         for title, run in runs.items():
@@ -232,10 +232,10 @@ def _attention_backward_flop(grad: Tensor, query: Tensor, key: Tensor, value: Te
 
 
 def _rate(run: Callable[[], Any], work: float) -> float:
-    """Work per CPU second, the median of seven samples."""
-    first = clock(run, 1)
-    calls = max(1, round(SAMPLE_SECONDS / 2 / max(first.cpu, 1e-7)))
-    return work / median(clock(run, calls).cpu for _ in range(7))
+    """Work per CPU second, the median of five samples."""
+    run()
+    calls = max(1, round(SAMPLE_SECONDS / 4 / max(clock(run, 1).cpu, 1e-7)))
+    return work / median(clock(run, calls).cpu for _ in range(5))
 
 
 @functools.cache

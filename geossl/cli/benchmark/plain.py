@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.layers import BatchRandom, Segments
-from geossl.methods.point_mae import PointMAE
+from geossl.methods.point_mae import PointMAE, matched_feature_error
 from geossl.models.point_vit import PointViT
 
 
@@ -28,8 +28,10 @@ def point_mae_loss(method: PointMAE, batch: PointBatch, generator: torch.Generat
     full = method.mask_token.to(encoded.dtype).repeat(mask.shape[0], 1)
     full[~mask] = encoded
     decoded = method.decoder(full, method.decoder_position(groups.centers), groups.segments, random=random)
-    predicted = method.head(method.decoder_norm(decoded))[mask].float().view(-1, backbone.config.group_size, 3)
-    return table_chamfer(predicted, groups.points[mask][..., :3])
+    predicted = method.head(method.decoder_norm(decoded))[mask].float().view(-1, backbone.config.group_size, method.columns)
+    target, config = groups.points[mask], method.config
+    loss = table_chamfer(predicted[..., :3], target[..., :3], root=config.loss == "cdl1") * (0.5 if config.loss == "cdl1" else 1.0)
+    return loss + config.feature_weight * matched_feature_error(predicted, target) if config.feature_weight else loss
 
 
 def point_vit_features(backbone: PointViT, points: PackedPoints) -> Tensor:
@@ -39,7 +41,11 @@ def point_vit_features(backbone: PointViT, points: PackedPoints) -> Tensor:
     return backbone.norm(backbone.blocks(tokens, backbone.position(groups.centers), groups.segments))
 
 
-def table_chamfer(x: Tensor, y: Tensor) -> Tensor:
-    """Chamfer distance (sum of both mean squared distances) between ``[B, N, 3]`` and ``[B, M, 3]`` through all ``[B, N, M]`` distances."""
+def table_chamfer(x: Tensor, y: Tensor, *, root: bool = False) -> Tensor:
+    """Chamfer distance between ``[B, N, 3]`` and ``[B, M, 3]`` through a table ``[B, N, M]``: the sum of both mean squared distances.
+
+    With ``root`` it is the sum of the mean distances, not squared.
+    """
     square = (x[:, :, None] - y[:, None]).square().sum(-1)
-    return square.amin(2).mean() + square.amin(1).mean()
+    to_y, to_x = square.amin(2), square.amin(1)
+    return to_y.sqrt().mean() + to_x.sqrt().mean() if root else to_y.mean() + to_x.mean()

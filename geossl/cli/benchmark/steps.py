@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from geossl.cli.benchmark.clouds import surfaces
 from geossl.cli.benchmark.measure import Case, nbytes
 from geossl.cli.benchmark.plain import point_mae_loss, point_vit_features
+from geossl.cli.pretrain import PretrainConfig
 from geossl.errors import ConfigError
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.methods import METHODS
@@ -35,7 +36,6 @@ class Published(NamedTuple):
     """What the step benchmark needs to know of a method."""
 
     released: dict[str, Any]  # backbone and its overrides, as released
-    quickstart: dict[str, Any]  # the same for the model trained when no configuration is given
     targets: dict[torch.dtype, float]  # CPU seconds of a step: released configuration, 8 clouds of 2,048 points, one thread
     plain: Loss  # the plain torch form
     plain_features: Callable[[Any, PackedPoints], Tensor]
@@ -44,27 +44,42 @@ class Published(NamedTuple):
 STEPS = {
     "point_mae": Published(
         released={"name": "point_vit_small", "drop_path": 0.1},
-        quickstart={"name": "point_vit_tiny"},
         targets={torch.float32: 1.0, torch.bfloat16: 0.65},
         plain=point_mae_loss,
         plain_features=point_vit_features,
     )
 }
 
-_QUICK = {"dim": 24, "depth": 2, "heads": 2, "groups": 16, "group_size": 8}
+_QUICK = {"dim": 24, "depth": 2, "heads": 2, "groups": 16, "group_size": 8, "embed_widths": (16, 32, 64)}
 
 
 def build_step(method: str, size: str, quick: bool = False) -> Step:
-    """Make the step of ``method`` at ``size``: ``released`` (8 clouds of 2,048 points) or ``quickstart`` (32 of 1,024)."""
-    published = _published(method)
-    clouds, points = (2, 256) if quick else (8, 2048) if size == "released" else (32, 1024)
-    values = dict(published.released if size == "released" else published.quickstart)
+    """Make the step of ``method``: ``released``, or ``quickstart``, what is trained when no configuration is given.
+
+    The released one has 8 clouds of 2,048 points.
+    """
+    if size == "released":
+        values = dict(_published(method).released)
+        backbone, config = dataclasses.replace(BACKBONES.config(values.pop("name")), **values), METHODS.config(method)
+        clouds, points = 8, 2048
+    else:
+        quickstart = PretrainConfig()
+        backbone, config = quickstart.backbone, quickstart.method
+        clouds, points = quickstart.train.batch_size, quickstart.data.points
+    if quick:
+        backbone, config = dataclasses.replace(backbone, **_QUICK), dataclasses.replace(config, decoder_heads=2, decoder_depth=2)
+        clouds, points = 2, 256
     torch.manual_seed(0)
-    backbone = dataclasses.replace(BACKBONES.config(values.pop("name")), **values, **(_QUICK if quick else {})).build()
-    config = METHODS.config(method)
-    module = dataclasses.replace(config, decoder_heads=2, decoder_depth=2).build(backbone) if quick else config.build(backbone)
-    batch = PointBatch(PackedPoints.from_padded(surfaces(clouds, points)))
+    backbone = backbone.build()
+    module = config.build(backbone)
+    features = torch.rand(clouds, points, backbone.in_channels - 3)
+    batch = PointBatch(PackedPoints.from_padded(torch.cat([surfaces(clouds, points), features], dim=2)))
     return Step(module.train(), batch, f"{clouds} x {points:,} points, {_words(backbone.config)}")
+
+
+def points_bytes(points: PackedPoints) -> int:
+    """Bytes of the columns of ``points``."""
+    return nbytes(points.coord) + (0 if points.feats is None else nbytes(points.feats))
 
 
 def step_run(step: Step, dtype: torch.dtype, loss: Loss | None = None) -> Callable[[], dict[str, Tensor]]:
@@ -85,7 +100,8 @@ def cases(method: str, quick: bool) -> dict[str, Callable[[], Case]]:
     """Return the cases of this suite by name; each is built when it is called."""
     published = _published(method)
     found: dict[str, Callable[[], Case]] = {}
-    for size in ("released", "quickstart"):
+    sizes = ("released", "quickstart") if PretrainConfig().method.name == method else ("released",)
+    for size in sizes:
         for dtype in DTYPES:
             target = published.targets.get(dtype) if size == "released" and not quick else None
             name = f"{method}/{size}/step/{_short(dtype)}"
@@ -103,7 +119,7 @@ def _step_case(method: str, size: str, quick: bool, dtype: torch.dtype, target: 
     return Case(
         inputs=f"{step.inputs}; forward + backward, grouping included",
         run=step_run(step, dtype),
-        moved=nbytes(step.batch.points.coord) + weights * (4 + dtype.itemsize + 4),
+        moved=points_bytes(step.batch.points) + weights * (4 + dtype.itemsize + 4),
         moved_is="points read, weights read once forward (float32) and once backward, gradients written",
         dtype=dtype,
         peers={"plain torch": step_run(step, dtype, _published(method).plain)},
@@ -120,7 +136,7 @@ def _grouping_case(method: str, quick: bool) -> Case:
     return Case(
         inputs=f"{step.inputs}; the grouping of the step alone",
         run=lambda: backbone.group(points),
-        moved=nbytes(points.coord, groups.points, groups.centers),
+        moved=points_bytes(points) + nbytes(groups.points, groups.centers),
         moved_is="points read, groups and centres written",
         flop=2 * 8 * (count // clouds) * groups.centers.shape[0],
         flop_is="8 per pair of point and centre, once to sample and once to search",
@@ -171,7 +187,7 @@ def _features_case(method: str, quick: bool, dtype: torch.dtype) -> Case:
     return Case(
         inputs=f"{step.inputs}; all tokens, no gradient, grouping included",
         run=ours,
-        moved=nbytes(step.batch.points.coord, ours().float()) + 4 * weights,
+        moved=points_bytes(step.batch.points) + 4 * ours().numel() + 4 * weights,
         moved_is="points and weights read, tokens written",
         dtype=dtype,
         peers={"plain torch": functools.partial(run, lambda: plain(backbone, step.batch.points))},
