@@ -32,7 +32,9 @@ class ProbeConfig:
     """Probing the encoder while it trains, and for the report."""
 
     every: int = 0
-    """Steps between two probes (linear SVM, a few seconds each); 0 probes for the report only."""
+    """Steps between two probes (linear SVM, a few seconds each); 0 does not probe while training."""
+    report: bool = True
+    """Fit all probes and their baselines for the report; switch off for large data sets."""
     data: Any = registry_field(DATASETS, default=None)  # noqa: RUF009 - makes a dataclass field
     """Labelled data set to probe on; null is the one trained on."""
     layers: tuple[int, ...] = ()
@@ -94,7 +96,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
         from geossl.vis import write_report
 
         log.info("writing the report")
-        save_report_data(folder, module, prober, pictured(config, dataset), seed=config.train.seed)
+        save_report_data(folder, module, prober if config.probe.report else None, pictured(config, dataset), seed=config.train.seed)
         path = write_report(folder)
         log.info("encoder: geossl.load(%r)   report: %s", str(folder), path)
 
@@ -124,7 +126,9 @@ def has_classes(config: PretrainConfig, dataset: Any) -> bool:
 
 
 def build_prober(config: PretrainConfig, dataset: Any) -> Prober | None:
-    """Make what probes the encoder; None when the data has no classes."""
+    """Make what probes the encoder; None when nothing is to be probed or the data has no classes."""
+    if not config.probe.every and not config.probe.report:
+        return None
     if not has_classes(config, dataset):
         log.info("data set %s has no classes: the encoder is not probed (choose a labelled one with --probe.data.name)", config.data.name)
         return None

@@ -25,16 +25,16 @@ from geossl.models import save_backbone
 log = logging.getLogger("geossl")
 
 
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(prefix + record.getMessage(), file=sys.stderr)  # looked up now: rich redirects it while it draws the progress line
+
+
 def set_up_messages() -> None:
-    """Show warnings of geossl on stderr, and what a run tells about itself from the first process."""
-
-    class Stderr(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-            print(prefix + record.getMessage(), file=sys.stderr)  # looked up now: rich redirects it while it draws the progress line
-
-    log.handlers = [Stderr()]
-    log.propagate = False
+    """Show on stderr what geossl has to say; of several processes, only the first speaks below the level of errors."""
+    if not any(isinstance(handler, _Stderr) for handler in log.handlers):
+        log.addHandler(_Stderr())
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
@@ -46,15 +46,18 @@ def batches(dataset: Any, config: TrainConfig, world: World) -> BatchLoader:
             f"train.batch_size: {config.batch_size} does not divide by "
             f"the {world.size} processes times train.accumulate {config.accumulate}"
         )
-    loader = build_loader(
-        dataset,
-        config.batch_size,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.workers,
-        pin_memory=world.device.type == "cuda",
-    )
+    try:
+        loader = build_loader(
+            dataset,
+            config.batch_size,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            workers=config.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+    except ConfigError as error:  # starts with the name of the argument, which is that of the field
+        raise ConfigError(f"train.{error}") from error
     return loader if config.accumulate == 1 else MicroBatches(loader, config.accumulate)
 
 
