@@ -116,7 +116,7 @@ class _Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             self._bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), refresh_per_second=2
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(10), TextColumn("{task.fields[text]}"), refresh_per_second=2
             )
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
             self._bar.start()

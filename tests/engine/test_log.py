@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,21 @@ def test_stopwatch_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     now[0] = 12.0
     watch.step(8)
     assert watch.read() == {"samples_per_s": 4.0, "data_wait": 0.0}
+
+
+def test_one_live_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    log = RunLog(tmp_path, 0, 100)
+    for step in (10, 20):
+        log.progress(step, ROW)
+    log.close()
+    shown = terminal.getvalue()
+    assert "20/100" in shown
+    assert "loss 0.5  100 samples/s  data 25 %  lr 0.001  ETA 67 min" in shown
+    assert "\r" in shown  # drawn over itself
