@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 import zlib
@@ -115,9 +116,9 @@ def check_finite(source: str, **arrays: np.ndarray | None) -> None:
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file by ``write(file)`` under a temporary name, flush it to disk, then rename: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             write(file)
             file.flush()
@@ -126,4 +127,5 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except OSError as error:
         raise DataError(f"{path}: could not be written ({error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

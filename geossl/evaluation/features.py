@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geossl.errors import DataError
+from geossl.errors import ConfigError, DataError
 from geossl.geometry import PackedPoints, Tokens
 
 Pooling = Literal["mean_max", "mean", "max"]
@@ -41,12 +41,18 @@ def read_tokens(backbone: Any, points: PackedPoints | Tensor, layers: int | Sequ
 
     Returns:
         Tokens with ``feats [T, C]`` or ``[T, len(layers) * C]``.
+
+    Raises:
+        ConfigError: a block does not exist.
     """
     if layers is None:
         return backbone(points)
-    wanted = layers if isinstance(layers, int) else list(layers)
-    if wanted == []:
-        raise ValueError("layers: the list is empty; name at least one block, or give None for the last one")
+    depth = len(backbone.feature_info)
+    wanted = list(range(-layers, 0)) if isinstance(layers, int) else list(layers)
+    wrong = [block for block in wanted if not -depth <= block < depth]
+    if not wanted or wrong:
+        what = f"block {wrong[0]} does not exist" if wrong else "no block is named"
+        raise ConfigError(f"layers: {what}; the backbone has {depth} blocks (0..{depth - 1}, or -1 for the last)")
     tokens, outputs = backbone.forward_intermediates(points, wanted, norm=True)
     return Tokens(torch.cat(outputs, 1), tokens.centers, tokens.offsets)
 

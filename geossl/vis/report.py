@@ -41,7 +41,7 @@ BASELINE_TITLES = {
     "random": "Random encoder, calibrated",
     "encoder": "This encoder",
 }
-NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall")
+NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall", "eta")
 MOST_STEPS = 1500
 SHELVES = 5
 
@@ -114,6 +114,7 @@ def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float | None]], 
     training = training[:: -(-len(training) // MOST_STEPS) or 1]
     names = sorted({key for row in training for key in row if not key.startswith("probe/") and key not in NOT_CURVES}, key=_curve_order)
     columns = {name: [_finite(row.get(name)) for row in training] for name in names}
+    columns = {name: values for name, values in columns.items() if name == "loss" or not _same_curve(values, columns["loss"])}
     curves: dict[str, list[Any]] = {"step": [int(row["step"]) for row in probed]}
     for key in sorted({key for row in probed for key in row if key.startswith("probe/")}):
         curves[key.removeprefix("probe/")] = [_finite(row.get(key)) for row in probed]
@@ -123,6 +124,13 @@ def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float | None]], 
 def _curve_order(name: str) -> tuple[int, str]:
     order = ("loss", *TITLES)
     return (order.index(name) if name in order else len(order), name)
+
+
+def _same_curve(values: list[float | None], loss: list[float | None]) -> bool:
+    """Whether a column is the loss in other units (a method that logs its only term): one curve is enough."""
+    pairs = [(a, b) for a, b in zip(values, loss, strict=True) if a is not None and b]
+    ratios = np.array([a / b for a, b in pairs])
+    return len(ratios) > 1 and bool(np.ptp(ratios) < 1e-3 * abs(ratios[0]))
 
 
 def _finite(value: float | None) -> float | None:

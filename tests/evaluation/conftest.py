@@ -76,6 +76,7 @@ class TinyEncoder(nn.Module):
         sizes = [3] + [config.channels] * config.depth
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(sizes))
         self.norm = nn.LayerNorm(config.channels)
+        self.feature_info = list(self.blocks)
         self.passes = 0
 
     def forward_intermediates(self, points: PackedPoints, indices=None, *, norm: bool = True) -> tuple[Tokens, list[torch.Tensor]]:

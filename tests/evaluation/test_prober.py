@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from geossl.errors import DataError
+from geossl.errors import ConfigError, DataError
 from geossl.evaluation import BASELINES, ProbeProtocol, Prober, calibrate_batchnorm, embed, quick_probe, random_twin, shape_descriptor
 
 
@@ -43,8 +43,10 @@ def test_embed_options(encoder, train_shapes):
     assert (embed(encoder, train_shapes, points=16) != both).any()
     with pytest.raises(ValueError, match="pooling must be one of mean_max, mean, max, got 'sum'"):
         embed(encoder, train_shapes, pooling="sum")
-    with pytest.raises(ValueError, match="layers: the list is empty"):
+    with pytest.raises(ConfigError, match="layers: no block is named; the backbone has 2 blocks"):
         embed(encoder, train_shapes, layers=[])
+    with pytest.raises(ConfigError, match="layers: block -3 does not exist"):
+        embed(encoder, train_shapes, layers=3)
 
 
 def test_calibration_moves_statistics_only(encoder, train_shapes):

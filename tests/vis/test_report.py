@@ -77,6 +77,12 @@ def test_metrics_survive_kill_resume_and_nan(tmp_path):
     assert probed == {"step": []}
 
 
+def test_the_loss_in_other_units_is_not_drawn_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(json.dumps({"step": n, "loss": 1 / n, "chamfer_x1000": 1000 / n, "kl": 1.0}) for n in range(1, 9)))
+    assert list(read_metrics(path)[1]) == ["loss", "kl"]
+
+
 def test_long_runs_are_thinned(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(json.dumps({"step": step, "loss": 1.0}) for step in range(5000)))

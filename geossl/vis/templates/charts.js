@@ -38,7 +38,8 @@ function short(value) {
   if (size < 1e-3) return value.toExponential(1).replace("e-", "e−");
   return String(+value.toPrecision(3));
 }
-const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1).replace(/\.0$/, "") + " %");
+const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1) + " %");
+const plain = (text) => text.replace(/\.0(?= %)/, "");
 
 const charts = [];
 // series: [{ name, color, x, y, width?, opacity?, band? (half width per point), dots?, dashed?, quiet? }]; baselines: [{ name, value, color }]
@@ -59,7 +60,7 @@ function lineChart(parent, { title, series, baselines = [], height = 230, log = 
     const Y = useLog ? (y) => top + (1 - Math.log(y / y0) / Math.log(y1 / y0)) * (H - top - bottom) : (y) => top + (1 - (y - y0) / (y1 - y0)) * (H - top - bottom);
     for (const t of useLog ? logTicks(y0, y1) : ticks(y0, y1, H > 160 ? 5 : 3)) {
       svg("line", { class: "gridline", x1: left, x2: W - right, y1: Y(t), y2: Y(t) }, root);
-      svg("text", { x: left - 7, y: Y(t) + 4, "text-anchor": "end" }, root, format(t));
+      svg("text", { x: left - 7, y: Y(t) + 4, "text-anchor": "end" }, root, plain(format(t)));
     }
     for (const t of ticks(x0, x1, W > 420 ? 6 : 3)) svg("text", { x: X(t), y: H - 5, "text-anchor": "middle" }, root, short(t));
     svg("line", { class: "axis", x1: left, x2: W - right, y1: H - bottom, y2: H - bottom }, root);

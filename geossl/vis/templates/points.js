@@ -95,7 +95,7 @@ function render(canvas, cloud, view) {
   if (!scratch || scratch.n < W * H) scratch = { n: W * H, depth: new Float32Array(W * H), id: new Int32Array(W * H), light: new Float32Array(W * H), shine: new Float32Array(W * H) };
   const { depth, id, light, shine } = scratch;
   depth.fill(1e9, 0, W * H); id.fill(-1, 0, W * H);
-  const D = 3.7, F = 0.455 * Math.min(W, H) * Math.sqrt(D * D - 1) * (view.zoom || 1);
+  const D = 3.7, F = 0.43 * Math.min(W, H) * Math.sqrt(D * D - 1) * (view.zoom || 1);
   const cy = Math.cos(view.yaw), sy = Math.sin(view.yaw), cp = Math.cos(view.pitch), sp = Math.sin(view.pitch);
   const { xyz, n, radius } = cloud, grow = view.grow === undefined ? 1 : view.grow;
   for (let i = 0; i < n; i++) {
