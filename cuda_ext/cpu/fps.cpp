@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include "points.h"
+#include "select.h"
+#include "tree.h"
 
 namespace geossl {
 namespace {
@@ -42,6 +44,11 @@ GEOSSL_INLINE int64_t sample_all_steps(const Soa<T>& p, Bits<T>* nearest, int64_
   for (int64_t step = 0; step < k; ++step) {
     const Bits<T> largest = lower_distances(p.x, p.y, p.z, nearest, n, px, py, pz);
     if (largest < 0) return step;
+    if (largest == 0) {  // all that is left coincides with picks: it follows in index order
+      for (int64_t i = 0; i < n && step < k; ++i)
+        if (nearest[i] == 0) picks[step++] = static_cast<int32_t>(i);
+      return step;
+    }
     const int64_t best = find_first(nearest, n, largest);
     picks[step] = static_cast<int32_t>(best);
     nearest[best] = to_bits(T(-1));
@@ -57,6 +64,93 @@ GEOSSL_SIMD int64_t sample_steps(const Soa<double>& p, int64_t* nearest, int64_t
   return sample_all_steps(p, nearest, n, px, py, pz, k, picks);
 }
 
+// Large clouds are cut into buckets of neighbouring points. A pick whose distance from a bucket's box is not less than the largest distance
+// inside changes nothing there. Rounding is monotonic, so the distance from the box is never more than that from a point inside, computed
+// the same way: the picks are exactly those of the plain loop.
+constexpr int64_t kBucket = 128;
+
+template <class T>
+struct Buckets {
+  Soa<T> points;            // bucket after bucket, in index order inside, each padded to whole vectors
+  Bits<T>* nearest;         // as in the plain loop
+  const int32_t* id;        // row of each point
+  const int32_t* begin;     // first slot of each bucket, and the end
+  int64_t slots, count;     // the number of buckets is a multiple of 16, the last ones empty
+  const T *low[3], *high[3];
+  Bits<T>* largest;         // distance inside, -1 when nothing is left
+  int32_t* farthest;        // slot of the first point with that distance, -1 while unknown
+  Bits<T>* test;            // scratch
+  int32_t* chosen;          // scratch
+};
+
+// Chooses the buckets that a pick may change.
+template <class T>
+GEOSSL_INLINE int64_t choose_touched(const Buckets<T>& b, T px, T py, T pz) {
+  Bits<T>* GEOSSL_RESTRICT test = b.test;
+  const T pick[3] = {px, py, pz};
+  for (int64_t i = 0; i < b.count; ++i) {
+    T gap[3];
+    for (int a = 0; a < 3; ++a) {
+      const T below = b.low[a][i] - pick[a], above = pick[a] - b.high[a][i];
+      const T outside = below > above ? below : above;
+      gap[a] = outside > T(0) ? outside : T(0);
+    }
+    test[i] = to_bits(squared(gap[0], gap[1], gap[2])) - b.largest[i];
+  }
+  return indices_up_to(test, b.count, Bits<T>(-1), b.chosen);
+}
+
+// Chooses the buckets that hold the largest distance of all, and returns it.
+template <class T>
+GEOSSL_INLINE Bits<T> choose_farthest(const Buckets<T>& b, int64_t& chosen) {
+  Bits<T> best = -1;
+  for (int64_t i = 0; i < b.count; ++i) best = b.largest[i] > best ? b.largest[i] : best;
+  Bits<T>* GEOSSL_RESTRICT test = b.test;
+  for (int64_t i = 0; i < b.count; ++i) test[i] = best - b.largest[i];
+  chosen = indices_up_to(test, b.count, Bits<T>(0), b.chosen);
+  return best;
+}
+
+template <class T>
+GEOSSL_INLINE int64_t sample_bucket_steps(const Buckets<T>& b, T px, T py, T pz, int64_t k, int32_t* picks) {
+  for (int64_t step = 0; step < k; ++step) {
+    int64_t chosen = choose_touched(b, px, py, pz);
+    for (int64_t c = 0; c < chosen; ++c) {
+      const int64_t i = b.chosen[c], begin = b.begin[i], n = b.begin[i + 1] - begin;
+      const Bits<T> largest = lower_distances(b.points.x + begin, b.points.y + begin, b.points.z + begin, b.nearest + begin, n, px, py, pz);
+      b.largest[i] = largest < 0 ? Bits<T>(-1) : largest;
+      b.farthest[i] = -1;
+    }
+    const Bits<T> best = choose_farthest(b, chosen);
+    if (best < 0) return step;
+    if (best == 0) {  // all that is left coincides with picks: it follows in index order
+      int64_t left = 0;
+      for (int64_t slot = 0; slot < b.slots; ++slot)
+        if (b.nearest[slot] == 0) b.chosen[left++] = b.id[slot];
+      std::sort(b.chosen, b.chosen + left);
+      left = std::min(left, k - step);
+      std::copy(b.chosen, b.chosen + left, picks + step);
+      return step + left;
+    }
+    int32_t slot = -1;
+    for (int64_t c = 0; c < chosen; ++c) {  // equal distances go to the lowest row, wherever its bucket is
+      const int32_t i = b.chosen[c];
+      if (b.farthest[i] < 0) b.farthest[i] = b.begin[i] + static_cast<int32_t>(find_first(b.nearest + b.begin[i], b.begin[i + 1] - b.begin[i], best));
+      if (slot < 0 || b.id[b.farthest[i]] < b.id[slot]) slot = b.farthest[i];
+    }
+    picks[step] = b.id[slot];
+    b.nearest[slot] = to_bits(T(-1));  // its own bucket is touched in the next step, as the pick lies in its box
+    px = b.points.x[slot], py = b.points.y[slot], pz = b.points.z[slot];
+  }
+  return k;
+}
+GEOSSL_SIMD int64_t sample_buckets(const Buckets<float>& b, float px, float py, float pz, int64_t k, int32_t* picks) {
+  return sample_bucket_steps(b, px, py, pz, k, picks);
+}
+GEOSSL_SIMD int64_t sample_buckets(const Buckets<double>& b, double px, double py, double pz, int64_t k, int32_t* picks) {
+  return sample_bucket_steps(b, px, py, pz, k, picks);
+}
+
 struct Options {
   const uint8_t* mask;  // of this cloud, may be null
   int64_t start;
@@ -69,6 +163,51 @@ struct Memory {
   Scratch<Bits<T>> nearest;
   Scratch<int32_t> id, picks;
 };
+
+// Cuts n points into buckets and samples those, writing rows.
+template <class T>
+int64_t sample_in_buckets(const Soa<T>& p, const int32_t* id, int64_t n, const T* start, int64_t k, int32_t* picks) {
+  std::vector<int32_t> order(static_cast<size_t>(n));
+  const std::vector<int32_t> ends = spatial_order(p, n, kBucket, order.data());
+  const auto buckets = static_cast<int64_t>(ends.size()), count = (buckets + 15) / 16 * 16, capacity = n + buckets * kLanes;
+  Scratch<T> x, y, z;
+  Scratch<Bits<T>> nearest, largest, test;
+  Scratch<int32_t> rows, begin, farthest, chosen;
+  Boxes<T> boxes(count);
+  Buckets<T> b{{x.get(capacity), y.get(capacity), z.get(capacity)}, nearest.get(capacity), nullptr, nullptr, 0, count, {}, {},
+               largest.get(count), farthest.get(count), test.get(count), chosen.get(capacity + 16)};
+  int32_t *row = rows.get(capacity), *first = begin.get(count + 1), slot = 0;
+  for (int64_t i = 0, from = 0; i < count; ++i) {
+    first[i] = slot;
+    const int64_t end = i < buckets ? ends[static_cast<size_t>(i)] : from;
+    std::sort(order.begin() + from, order.begin() + end);
+    b.largest[i] = from < end ? to_bits(std::numeric_limits<T>::infinity()) : Bits<T>(-1);
+    b.farthest[i] = -1;
+    for (; from < end; ++from, ++slot) {
+      const int32_t point = order[static_cast<size_t>(from)];
+      const T corner[3] = {p.x[point], p.y[point], p.z[point]};
+      b.points.x[slot] = corner[0], b.points.y[slot] = corner[1], b.points.z[slot] = corner[2];
+      row[slot] = id[point];
+      b.nearest[slot] = to_bits(std::numeric_limits<T>::infinity());
+      boxes.include(i, corner, corner, row[slot], 1);
+    }
+    for (; slot % kLanes; ++slot) {
+      b.points.x[slot] = b.points.y[slot] = b.points.z[slot] = T(0);
+      b.nearest[slot] = to_bits(T(-1));
+      row[slot] = -1;
+    }
+  }
+  first[count] = slot;
+  b.id = row, b.begin = first, b.slots = slot;
+  for (int a = 0; a < 3; ++a) b.low[a] = boxes.low[a].data(), b.high[a] = boxes.high[a].data();
+  return sample_buckets(b, start[0], start[1], start[2], k, picks);
+}
+
+// Whether buckets take less time than updating every point at every step; measured on one core with AVX-512.
+bool buckets_pay(int64_t n, int64_t k) {
+  const auto points = static_cast<double>(n), picks = static_cast<double>(k);
+  return picks * 0.14 * points > 60 * points + picks * (400 + 0.02 * points);
+}
 
 template <class T>
 bool finite(const T* p) {
@@ -102,6 +241,18 @@ int64_t load(const T* points, int64_t n, const Options& options, int64_t first, 
   return count;
 }
 
+// Samples n points by the plain loop, writing rows.
+template <class T>
+int64_t sample_plainly(const Soa<T>& p, const int32_t* id, int64_t n, const T* start, int64_t k, Bits<T>* nearest, int32_t* picks) {
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  std::fill(nearest, nearest + n, to_bits(std::numeric_limits<T>::infinity()));
+  std::fill(nearest + n, nearest + padded, to_bits(T(-1)));
+  for (T* axis : {p.x, p.y, p.z}) std::fill(axis + n, axis + padded, T(0));
+  const int64_t found = sample_steps(p, nearest, padded, start[0], start[1], start[2], k, picks);
+  for (int64_t i = 0; i < found; ++i) picks[i] = id[picks[i]];
+  return found;
+}
+
 template <class T>
 void sample_cloud(const T* points, int64_t n, int64_t k, const Options& options, int64_t base, Memory<T>& memory, int64_t* out) {
   const int64_t first = n > 0 && k > 0 ? first_pick(points, n, options) : -1;
@@ -109,22 +260,15 @@ void sample_cloud(const T* points, int64_t n, int64_t k, const Options& options,
     std::fill(out, out + k, int64_t{-1});
     return;
   }
+  const int64_t wanted = std::min(k, n) - 1, capacity = n + kLanes;
+  const Soa<T> p{memory.x.get(capacity), memory.y.get(capacity), memory.z.get(capacity)};
+  int32_t *id = memory.id.get(capacity), *picks = memory.picks.get(wanted + 1);
+  const int64_t count = load(points, n, options, first, p, id);
+  const T* start = points + 3 * first;
+  const int64_t found = buckets_pay(count, wanted) ? sample_in_buckets(p, id, count, start, wanted, picks)
+                                                   : sample_plainly(p, id, count, start, wanted, memory.nearest.get(capacity), picks);
   out[0] = base + first;
-  int64_t found = 0;
-  if (k > 1) {
-    const int64_t capacity = n + kLanes;
-    const Soa<T> p{memory.x.get(capacity), memory.y.get(capacity), memory.z.get(capacity)};
-    int32_t *id = memory.id.get(capacity), *picks = memory.picks.get(k);
-    Bits<T>* nearest = memory.nearest.get(capacity);
-    const int64_t count = load(points, n, options, first, p, id);
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    std::fill(nearest, nearest + count, to_bits(std::numeric_limits<T>::infinity()));
-    std::fill(nearest + count, nearest + padded, to_bits(T(-1)));
-    for (T* axis : {p.x, p.y, p.z}) std::fill(axis + count, axis + padded, T(0));
-    const T* start = points + 3 * first;
-    found = sample_steps(p, nearest, padded, start[0], start[1], start[2], k - 1, picks);
-    for (int64_t i = 0; i < found; ++i) out[1 + i] = base + id[picks[i]];
-  }
+  for (int64_t i = 0; i < found; ++i) out[1 + i] = base + picks[i];
   std::fill(out + 1 + found, out + k, options.min_sq_norm >= 0 ? base + first : int64_t{-1});
 }
 

@@ -1,0 +1,422 @@
+#include "tree.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+namespace geossl {
+namespace {
+
+// Order ------------------------------------------------------------------------------------------------------------------------------
+
+struct Coded {
+  uint32_t code;
+  int32_t item;
+};
+
+// Spreads the lowest 10 bits three apart.
+inline uint32_t spread_bits(uint32_t v) {
+  v = (v | v << 16) & 0x030000ffu;
+  v = (v | v << 8) & 0x0300f00fu;
+  v = (v | v << 4) & 0x030c30c3u;
+  return (v | v << 2) & 0x09249249u;
+}
+
+// Sorts by code, stably.
+void sort_by_code(std::vector<Coded>& items, std::vector<Coded>& other) {
+  if (items.size() < 256) {
+    std::stable_sort(items.begin(), items.end(), [](const Coded& a, const Coded& b) { return a.code < b.code; });
+    return;
+  }
+  other.resize(items.size());
+  constexpr int kBits = 10;
+  for (int shift = 0; shift < 30; shift += kBits) {
+    std::array<int32_t, 1 << kBits> start{};
+    for (const Coded& item : items) ++start[item.code >> shift & ((1 << kBits) - 1)];
+    int32_t sum = 0;
+    for (int32_t& value : start) sum += value, value = sum - value;
+    for (const Coded& item : items) other[static_cast<size_t>(start[item.code >> shift & ((1 << kBits) - 1)]++)] = item;
+    items.swap(other);
+  }
+}
+
+// Orders the items of one range and cuts it into groups.
+template <class T>
+class Grouping {
+ public:
+  Grouping(const Soa<T>& points, int64_t largest, int32_t* order, std::vector<int32_t>& ends)
+      : axes_{points.x, points.y, points.z}, largest_(largest), order_(order), ends_(ends) {}
+
+  void run(int64_t begin, int64_t end) {
+    T low[3], extent = 0;
+    for (int a = 0; a < 3; ++a) {
+      T high = low[a] = axes_[a][order_[begin]];
+      for (int64_t i = begin + 1; i < end; ++i) {
+        const T value = axes_[a][order_[i]];
+        low[a] = value < low[a] ? value : low[a];
+        high = value > high ? value : high;
+      }
+      extent = std::max(extent, high - low[a]);
+    }
+    const T scale = T(1023) / extent;
+    if (end - begin <= largest_ || !(extent > 0) || !std::isfinite(scale) || !(scale > 0)) {
+      // Few, all equal, or further apart than the type can tell: in index order.
+      for (int64_t i = begin; i < end; i += largest_) ends_.push_back(static_cast<int32_t>(std::min(i + largest_, end)));
+      return;
+    }
+    std::vector<Coded> items(static_cast<size_t>(end - begin)), other;
+    for (int64_t i = begin; i < end; ++i) {
+      uint32_t code = 0;
+      for (int a = 0; a < 3; ++a) code |= spread_bits(static_cast<uint32_t>((axes_[a][order_[i]] - low[a]) * scale)) << a;
+      items[static_cast<size_t>(i - begin)] = {code, order_[i]};
+    }
+    sort_by_code(items, other);
+    for (int64_t i = begin; i < end; ++i) order_[i] = items[static_cast<size_t>(i - begin)].item;
+    cut(items.data(), begin, items.data(), items.data() + items.size());
+  }
+
+ private:
+  // Halves a range of codes at its highest differing bit, that is a box across its middle, until the groups are small enough.
+  void cut(const Coded* origin, int64_t offset, const Coded* first, const Coded* last) {
+    const int64_t begin = offset + (first - origin), end = offset + (last - origin);
+    if (end - begin <= largest_) return ends_.push_back(static_cast<int32_t>(end));
+    const uint32_t differing = first->code ^ (last - 1)->code;
+    if (differing == 0) return run(begin, end);  // one cell; inside, the extent is a thousand times smaller
+    uint32_t bit = differing;
+    while (bit & (bit - 1)) bit &= bit - 1;
+    const uint32_t split = (last - 1)->code & ~(bit - 1);
+    const Coded* middle = std::lower_bound(first, last, split, [](const Coded& item, uint32_t code) { return item.code < code; });
+    cut(origin, offset, first, middle);
+    cut(origin, offset, middle, last);
+  }
+
+  const T* axes_[3];
+  int64_t largest_;
+  int32_t* order_;
+  std::vector<int32_t>& ends_;
+};
+
+}  // namespace
+
+template <class T>
+std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order) {
+  std::vector<int32_t> ends;
+  for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
+  if (n > 0) Grouping<T>(points, largest, order, ends).run(0, n);
+  return ends;
+}
+
+template <class T>
+int64_t load_valid(const T* rows, int64_t n, const Soa<T>& to, int32_t* id) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = rows[3 * i], y = rows[3 * i + 1], z = rows[3 * i + 2];
+    to.x[count] = x, to.y[count] = y, to.z[count] = z, id[count] = static_cast<int32_t>(i);
+    count += (x - x) + (y - y) + (z - z) == T(0);  // 0 for finite numbers only
+  }
+  return count;
+}
+
+// Boxes ------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+Boxes<T>::Boxes(int64_t boxes) : count(boxes) {
+  const auto padded = static_cast<size_t>((boxes + kFanout - 1) / kFanout * kFanout);
+  for (auto& values : low) values.assign(padded, std::numeric_limits<T>::infinity());
+  for (auto& values : high) values.assign(padded, -std::numeric_limits<T>::infinity());
+  first_row.assign(padded, std::numeric_limits<int32_t>::max());
+  size.assign(padded, 0);
+}
+
+template <class T>
+void Boxes<T>::include(int64_t box, const T* other_low, const T* other_high, int32_t row, int32_t points) {
+  const auto i = static_cast<size_t>(box);
+  for (int a = 0; a < 3; ++a) {
+    low[a][i] = std::min(low[a][i], other_low[a]);
+    high[a][i] = std::max(high[a][i], other_high[a]);
+  }
+  first_row[i] = std::min(first_row[i], row);
+  size[i] += points;
+}
+
+template <class T>
+Tree<T>::Tree(const T* rows, int64_t n) {
+  Scratch<T> x, y, z;
+  Scratch<int32_t> valid, order;
+  const Soa<T> loaded{x.get(n), y.get(n), z.get(n)};
+  int32_t *loaded_row = valid.get(n), *sorted = order.get(n);
+  const int64_t count = load_valid(rows, n, loaded, loaded_row);
+  const std::vector<int32_t> ends = spatial_order(loaded, count, kLeafSize, sorted);
+
+  const auto leaves = static_cast<int64_t>(ends.size()), slots = leaves * kLeafSize;
+  points = {x_.get(slots), y_.get(slots), z_.get(slots)};
+  row = row_.get(slots);
+  if (count == 0) return;
+  levels.emplace_back(leaves);
+  for (int64_t leaf = 0, from = 0; leaf < leaves; ++leaf) {
+    int64_t slot = leaf * kLeafSize;
+    for (; from < ends[static_cast<size_t>(leaf)]; ++from, ++slot) {
+      const int32_t i = sorted[from];
+      const T corner[3] = {loaded.x[i], loaded.y[i], loaded.z[i]};
+      points.x[slot] = corner[0], points.y[slot] = corner[1], points.z[slot] = corner[2], row[slot] = loaded_row[i];
+      levels[0].include(leaf, corner, corner, loaded_row[i], 1);
+    }
+    for (; slot < (leaf + 1) * kLeafSize; ++slot)
+      points.x[slot] = points.y[slot] = points.z[slot] = std::numeric_limits<T>::quiet_NaN(), row[slot] = -1;
+  }
+  while (levels.back().count > kFanout) {
+    const Boxes<T>& below = levels.back();
+    Boxes<T> above((below.count + kFanout - 1) / kFanout);
+    for (int64_t i = 0; i < below.count; ++i) {
+      const auto b = static_cast<size_t>(i);
+      const T low[3] = {below.low[0][b], below.low[1][b], below.low[2][b]}, high[3] = {below.high[0][b], below.high[1][b], below.high[2][b]};
+      above.include(i / kFanout, low, high, below.first_row[b], below.size[b]);
+    }
+    levels.push_back(std::move(above));
+  }
+}
+
+// Search -----------------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Eight keys, as gcc and clang vectors. They are never passed by value: without AVX-512 that has no calling convention.
+typedef int64_t Keys8 __attribute__((vector_size(64)));
+#if defined(__clang__)
+#define GEOSSL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define GEOSSL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Keys8{__VA_ARGS__})
+#endif
+
+// Inserts a key into a sorted array of whole vectors, whose last key falls out: every slot becomes the middle one of its left neighbour, the
+// new key and itself. No branch depends on the data.
+GEOSSL_INLINE void insert_sorted(int64_t* keys, int64_t padded, int64_t key) {
+  const Keys8 added = Keys8{} + key;
+  Keys8 left = Keys8{} + std::numeric_limits<int64_t>::min();
+  for (int64_t i = 0; i < padded; i += 8) {
+    Keys8 here;
+    __builtin_memcpy(&here, keys + i, sizeof here);
+    const Keys8 shifted = GEOSSL_SHUFFLE(left, here, 7, 8, 9, 10, 11, 12, 13, 14);
+    const Keys8 lower = here < added ? here : added;
+    const Keys8 merged = shifted < lower ? lower : shifted;
+    __builtin_memcpy(keys + i, &merged, sizeof merged);
+    left = here;
+  }
+}
+GEOSSL_INLINE void insert_sorted(DoubleKey* keys, int64_t padded, const DoubleKey& key) {
+  int64_t i = padded - 1;
+  for (; i > 0 && key < keys[i - 1]; --i) keys[i] = keys[i - 1];
+  if (key < keys[i]) keys[i] = key;
+}
+
+GEOSSL_INLINE void set_largest(int64_t& key) { key = std::numeric_limits<int64_t>::max(); }
+GEOSSL_INLINE void set_largest(DoubleKey& key) { key = {std::numeric_limits<int64_t>::max(), std::numeric_limits<int32_t>::max()}; }
+
+// The k smallest keys seen. Up to kInserted they are kept sorted all the time; more are sorted out every k arrivals.
+template <class K>
+class Best {
+ public:
+  static constexpr int64_t kInserted = 64;
+
+  Best(K* keys, int64_t k) : keys_(keys), k_(k), padded_((k + 7) / 8 * 8) {
+    set_largest(worst_);
+    if (k <= kInserted) std::fill(sorted_, sorted_ + padded_, worst_);
+  }
+
+  // Keys that are not below it are not wanted any more; the largest number as long as fewer than k have come.
+  const K& worst() const { return worst_; }
+
+  GEOSSL_INLINE void push(const K& key) {
+    if (!(key < worst_)) return;
+    if (k_ > kInserted) return push_many(key);
+    insert_sorted(sorted_, padded_, key);
+    worst_ = sorted_[k_ - 1];
+    ++count_;
+  }
+
+  int64_t finish() {
+    if (k_ <= kInserted) {
+      count_ = std::min(count_, k_);
+      std::copy(sorted_, sorted_ + count_, keys_);
+    } else {
+      count_ = std::min<int64_t>(k_, static_cast<int64_t>(many_.size()));
+      std::partial_sort_copy(many_.begin(), many_.end(), keys_, keys_ + count_);
+    }
+    return count_;
+  }
+
+ private:
+  void push_many(const K& key) {
+    many_.push_back(key);
+    if (static_cast<int64_t>(many_.size()) < 2 * k_) return;
+    std::nth_element(many_.begin(), many_.begin() + (k_ - 1), many_.end());
+    many_.resize(static_cast<size_t>(k_));
+    worst_ = many_.back();
+  }
+
+  K* keys_;
+  int64_t k_, padded_, count_ = 0;
+  K worst_;
+  alignas(64) K sorted_[kInserted];
+  std::vector<K> many_;
+};
+
+// Distances from a query to the nearest and to the farthest corner of 16 boxes. Rounding is monotonic, so the first is never more than the
+// distance to a point inside, computed the same way, and the second never less.
+template <class T, bool kManhattan>
+GEOSSL_INLINE void box_distances(const Boxes<T>& boxes, int64_t begin, const T* q, T* GEOSSL_RESTRICT nearest) {
+  for (int i = 0; i < kFanout; ++i) {
+    T gap[3];
+    for (int a = 0; a < 3; ++a) {
+      const T below = boxes.low[a][begin + i] - q[a], above = q[a] - boxes.high[a][begin + i];
+      const T outside = below > above ? below : above;
+      gap[a] = outside > T(0) ? outside : T(0);
+    }
+    nearest[i] = kManhattan ? (gap[0] + gap[1]) + gap[2] : squared(gap[0], gap[1], gap[2]);
+  }
+}
+
+template <class T, bool kManhattan>
+T farthest_corner(const Boxes<T>& boxes, int64_t box, const T* q) {
+  T gap[3];
+  for (int a = 0; a < 3; ++a) {
+    const auto i = static_cast<size_t>(box);
+    gap[a] = std::max(std::fabs(boxes.low[a][i] - q[a]), std::fabs(q[a] - boxes.high[a][i]));
+  }
+  return kManhattan ? (gap[0] + gap[1]) + gap[2] : squared(gap[0], gap[1], gap[2]);
+}
+
+// Sixteen boxes on the way down, and in which order to look into them: numbers that grow with the distance (or the row), all different
+// because the box is in the lowest bits; `last` is the one looked into last.
+template <class T>
+struct Frame {
+  alignas(64) int64_t order[kFanout];
+  T nearest[kFanout];
+  int64_t begin, last;
+  const Boxes<T>* boxes;
+};
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+constexpr int kDeepest = 12;  // 16^12 leaves
+
+// The smallest number over `last`, kNever if there is none.
+GEOSSL_INLINE int64_t next_in_order(const int64_t* order, int64_t last) {
+  const Keys8 never = Keys8{} + kNever;
+  Keys8 a, b;
+  __builtin_memcpy(&a, order, sizeof a);
+  __builtin_memcpy(&b, order + 8, sizeof b);
+  a = a > last ? a : never;
+  b = b > last ? b : never;
+  a = a < b ? a : b;
+  b = GEOSSL_SHUFFLE(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+  a = a < b ? a : b;
+  b = GEOSSL_SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+  a = a < b ? a : b;
+  return std::min(a[0], a[1]);
+}
+
+GEOSSL_INLINE int64_t order_of(float distance, int lane) { return int64_t{to_bits(distance)} << 4 | lane; }
+GEOSSL_INLINE int64_t order_of(double distance, int lane) { return (to_bits(distance) & ~int64_t{15}) | lane; }
+
+// What the distances of a box with this order, and of all later ones, have at least.
+GEOSSL_INLINE int32_t least_distance(int64_t order, float) { return static_cast<int32_t>(order >> 4); }
+GEOSSL_INLINE int64_t least_distance(int64_t order, double) { return order & ~int64_t{15}; }
+
+template <class T, bool kManhattan>
+GEOSSL_INLINE void enter(Frame<T>& frame, const Boxes<T>& boxes, int64_t begin, const TreeQuery<T>& query) {
+  frame.begin = begin, frame.last = -1, frame.boxes = &boxes;
+  box_distances<T, kManhattan>(boxes, begin, query.at, frame.nearest);
+  for (int i = 0; i < kFanout; ++i) {
+    const int64_t order = query.by_row ? int64_t{boxes.first_row[static_cast<size_t>(begin) + i]} << 4 | i : order_of(frame.nearest[i], i);
+    frame.order[i] = frame.nearest[i] < query.limit ? order : kNever;
+  }
+}
+
+template <class T, bool kManhattan>
+GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query, int64_t k, Key<T>* keys) {
+  const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
+  const T *q = query.at, limit = query.limit;
+  const bool valid = (q[0] - q[0]) + (q[1] - q[1]) + (q[2] - q[2]) == T(0);
+  Best<Key<T>> best(keys, k);
+  int64_t inside = 0;
+  Frame<T> frames[kDeepest];
+  int depth = 0;
+  const int levels = valid ? static_cast<int>(tree.levels.size()) : 0;
+  if (levels > 0) enter<T, kManhattan>(frames[depth++], tree.levels[static_cast<size_t>(levels - 1)], 0, query);
+  while (depth > 0) {
+    Frame<T>& frame = frames[depth - 1];
+    const int64_t next = next_in_order(frame.order, frame.last);
+    if (next == kNever) {
+      --depth;
+      continue;
+    }
+    const auto lane = static_cast<size_t>(next & (kFanout - 1));
+    const size_t box = static_cast<size_t>(frame.begin) + lane;
+    frame.last = next;
+    const int32_t first_row = frame.boxes->first_row[box];
+    const Key<T> key = query.by_row ? make_key(Bits<T>(first_row), first_row) : make_key(to_bits(frame.nearest[lane]), first_row);
+    if (!(key < best.worst())) {  // none of its points is wanted
+      if (!query.count) {
+        // In order of distance no later box is nearer; of two at the same distance, either may hold the lower row.
+        if (!query.by_row && bits_of_key(best.worst()) < least_distance(next, T(0))) --depth;
+        continue;
+      }
+      if (farthest_corner<T, kManhattan>(*frame.boxes, static_cast<int64_t>(box), q) < limit) {  // but all of them count
+        inside += frame.boxes->size[box];
+        continue;
+      }
+    }
+    const int level = levels - depth;
+    if (level > 0) {
+      enter<T, kManhattan>(frames[depth], tree.levels[static_cast<size_t>(level - 1)], static_cast<int64_t>(box) * kFanout, query);
+      ++depth;
+      continue;
+    }
+    const int64_t begin = static_cast<int64_t>(box) * kLeafSize;
+    __builtin_prefetch(tree.row + begin);
+    __builtin_prefetch(tree.row + begin + kLeafSize / 2);
+    Bits<T> distance[kLeafSize];
+    int32_t hits = 0;
+    for (int i = 0; i < kLeafSize; ++i) {
+      const T dx = tree.points.x[begin + i] - q[0], dy = tree.points.y[begin + i] - q[1], dz = tree.points.z[begin + i] - q[2];
+      const T d = kManhattan ? (std::fabs(dx) + std::fabs(dy)) + std::fabs(dz) : squared(dx, dy, dz);
+      distance[i] = d < limit ? to_bits(d) : infinity;
+      hits += d < limit;
+    }
+    inside += hits;
+    const Bits<T> bound = query.by_row ? infinity - 1 : std::min(bits_of_key(best.worst()), infinity - 1);
+    int32_t found[kLeafSize + 16];
+    const int64_t candidates = indices_up_to(distance, kLeafSize, bound, found);
+    for (int64_t c = 0; c < candidates; ++c) {
+      const int32_t row = tree.row[begin + found[c]];
+      if (row == query.self) continue;
+      best.push(query.by_row ? make_key(Bits<T>(row), row) : make_key(distance[found[c]], row));
+    }
+  }
+  if (query.count) *query.count = inside;
+  return best.finish();
+}
+
+GEOSSL_SIMD int64_t search_tree(const Tree<float>& tree, const TreeQuery<float>& query, int64_t k, int64_t* best) {
+  return query.manhattan ? search_loop<float, true>(tree, query, k, best) : search_loop<float, false>(tree, query, k, best);
+}
+GEOSSL_SIMD int64_t search_tree(const Tree<double>& tree, const TreeQuery<double>& query, int64_t k, DoubleKey* best) {
+  return query.manhattan ? search_loop<double, true>(tree, query, k, best) : search_loop<double, false>(tree, query, k, best);
+}
+
+}  // namespace
+
+template <class T>
+int64_t Tree<T>::search(const TreeQuery<T>& query, int64_t k, Key<T>* best) const {
+  return search_tree(*this, query, k, best);
+}
+
+template std::vector<int32_t> spatial_order(const Soa<float>&, int64_t, int64_t, int32_t*);
+template std::vector<int32_t> spatial_order(const Soa<double>&, int64_t, int64_t, int32_t*);
+template int64_t load_valid(const float*, int64_t, const Soa<float>&, int32_t*);
+template int64_t load_valid(const double*, int64_t, const Soa<double>&, int32_t*);
+template struct Boxes<float>;
+template struct Boxes<double>;
+template class Tree<float>;
+template class Tree<double>;
+
+}  // namespace geossl

@@ -1,0 +1,65 @@
+// A hierarchy of boxes over a cloud, for searches in more points than are worth comparing one by one.
+#pragma once
+#include <vector>
+
+#include "points.h"
+#include "select.h"
+
+namespace geossl {
+
+// Puts n points into an order in which neighbours in the order are neighbours in space, and cuts it into groups of up to `largest` points
+// in boxes that do not overlap: along a Morton curve through 1024^3 cells of the bounding box, and again inside every cell that holds too
+// many, so that dense spots and far outliers do not spoil it. Equal points stay in index order. All coordinates must be finite.
+// Returns where each group ends.
+template <class T>
+std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order);
+
+// Copies the valid ones of n points into arrays, with their row numbers, and returns how many.
+template <class T>
+int64_t load_valid(const T* rows, int64_t n, const Soa<T>& to, int32_t* id);
+
+constexpr int kFanout = 16;    // boxes under one box: one AVX-512 vector of them
+constexpr int kLeafSize = 32;  // points under one box of the lowest level
+
+// The boxes of one level as arrays; their number is rounded up to whole vectors with boxes that nothing is near to.
+template <class T>
+struct Boxes {
+  explicit Boxes(int64_t count);
+  // Grows box i around another box that holds `size` points, the lowest row among them `row`.
+  void include(int64_t i, const T* other_low, const T* other_high, int32_t row, int32_t size);
+
+  int64_t count;
+  std::vector<T> low[3], high[3];
+  std::vector<int32_t> first_row, size;
+};
+
+// What a search looks for.
+template <class T>
+struct TreeQuery {
+  T at[3];
+  T limit;                    // points must be nearer than this (in the measure that is compared)
+  int64_t self = -1;          // row left out
+  bool by_row = false;        // the lowest rows instead of the nearest points
+  bool manhattan = false;     // compare |dx| + |dy| + |dz|
+  int64_t* count = nullptr;   // also count all points under the limit
+};
+
+// Invalid points are left out. Results do not depend on the order in which boxes are visited.
+template <class T>
+class Tree {
+ public:
+  Tree(const T* rows, int64_t n);
+
+  // Stores the k smallest keys in order and returns how many there are. A key is (distance, row), or (row, row) if `by_row`.
+  int64_t search(const TreeQuery<T>& query, int64_t k, Key<T>* best) const;
+
+  Soa<T> points;                 // in spatial order; each leaf has kLeafSize slots, of which the last ones may be NaN
+  int32_t* row;                  // where each came from
+  std::vector<Boxes<T>> levels;  // leaves first, one vector of boxes last; empty without points
+
+ private:
+  Scratch<T> x_, y_, z_;
+  Scratch<int32_t> row_;
+};
+
+}  // namespace geossl
