@@ -59,10 +59,10 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=50))
     """Optimiser and schedule."""
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(run_folder=Path("runs/quickstart"), steps=1000, batch_size=32, save_every=250)
+        default_factory=lambda: TrainConfig(run_folder=Path("runs/quickstart"), steps=400, batch_size=32, save_every=100)
     )
     """Length, size and machinery of the training."""
-    probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(every=250))
+    probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(every=100))
     """Probing while training."""
     resume: str = "none"
     """`auto` continues the run in train.run_folder from its newest intact checkpoint, if it has any; or the path of a checkpoint or run
@@ -153,7 +153,7 @@ def model_card(config: PretrainConfig) -> str:
     data, backbone = config.data, config.backbone
     return f"""# {backbone.name}, pretrained with {config.method.name} on {data.name}
 
-An encoder of point clouds made with [geossl](https://pypi.org/project/geossl).
+An encoder of point clouds made with geossl.
 
 - input: {data.points} points, columns {data.columns} ({backbone.in_channels} numbers a point), normalised with `{data.normalize}`
 - output: {backbone.groups} tokens of {backbone.dim} channels

@@ -3,7 +3,7 @@
 A step takes the micro-batches of one global batch, accumulates their gradients, clips, asks all processes whether loss and gradients
 are finite, updates, and moves the average. Between steps it logs, probes and writes checkpoints. The loop knows a method only by
 its protocol, ``module(batch, generator=...)`` returning an object with ``loss`` and ``metrics``, and the data only as an endless
-iterator of batches with ``len()``, ``to()`` and ``global_size``.
+iterator of batches with ``len()``, ``to()`` (as that of a tensor) and ``global_size``.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def train(
     found = world.from_main(find_checkpoint(resume, folder) if world.is_main else None)
     continued = found is not None and found.resolve().parent == (folder / "checkpoints").resolve()
     if world.is_main:
-        check_run_folder(folder, allowed=config.overwrite or resume == "auto", start=step_of(found) if found and continued else None)
+        start = step_of(found) if found is not None and continued else None
+        check_run_folder(folder, overwrite=config.overwrite, automatic=resume == "auto", start=start)
     trainer = Trainer(module, loader, config, optim, world, hooks or Hooks())
     if found is not None:
         trainer.load(found)
@@ -252,7 +253,9 @@ class Trainer:
             share = len(batch) / batch.global_size if getattr(batch, "global_size", None) else 1 / (len(batches) * self.world.size)
             with self.parallel.accumulating(last=number == len(batches) - 1):
                 with torch.autocast(device.type, DTYPES.get(config.precision), enabled=config.precision != "fp32"):
-                    loss, metrics = self.parallel.forward(batch.to(device), generator=step_generator(config.seed, self.step))
+                    loss, metrics = self.parallel.forward(
+                        batch.to(device, non_blocking=True), generator=step_generator(config.seed, self.step)
+                    )
                 # Gradients are averaged over the processes; `share` makes them those of the mean over the global batch.
                 self.scaler.scale(loss * (share * self.world.size)).backward()
             sums["loss"] += share * loss.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,8 +51,10 @@ class Parallel:
             self._whole = copy.deepcopy(module).cpu() if world.is_main else None
             _shard(self.forward, world)
         elif world.size > 1:
-            # Batch statistics are all-reduced inside the layers, so buffers are equal already.
-            self.forward = nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False)
+            # Batch statistics are all-reduced inside the layers, so buffers stay equal without being sent. torch renamed the switch.
+            known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+            switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self.forward = nn.parallel.DistributedDataParallel(self.forward, **{switch: False})  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

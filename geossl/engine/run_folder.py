@@ -11,12 +11,13 @@ from geossl.errors import ConfigError
 _MADE_BY_A_RUN = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "report", "report.html", "profile")
 
 
-def check_run_folder(folder: Path, *, allowed: bool, start: int | None) -> None:
+def check_run_folder(folder: Path, *, overwrite: bool, automatic: bool, start: int | None) -> None:
     """Refuse to write into the folder of another run. Nothing is changed.
 
     Args:
         folder: The run's folder.
-        allowed: A run that is there may be replaced or continued.
+        overwrite: What is there may be replaced.
+        automatic: The newest checkpoint there is continued if there is one; a run that did not get as far as that may be replaced.
         start: Step of the checkpoint of this folder that is continued; None for a new run.
 
     Raises:
@@ -25,14 +26,13 @@ def check_run_folder(folder: Path, *, allowed: bool, start: int | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"train.run_folder: {folder} is a file; give the path of a folder")
     newest = next(iter(list_checkpoints(folder / "checkpoints")), None)
-    if start is None:
-        if not allowed and any((folder / name).exists() for name in _MADE_BY_A_RUN):
-            there = f", its newest checkpoint is of step {step_of(newest)}" if newest else ""
-            raise ConfigError(
-                f"train.run_folder: {folder} holds a run already{there}. Continue it with --resume auto, "
-                "choose another --train.run_folder, or replace it with --train.overwrite"
-            )
-    elif not allowed and newest is not None and step_of(newest) > start:
+    if start is None and not overwrite and any((folder / name).exists() for name in (("export",) if automatic else _MADE_BY_A_RUN)):
+        there = f", its newest checkpoint is of step {step_of(newest)}" if newest else ", without checkpoints"
+        raise ConfigError(
+            f"train.run_folder: {folder} holds a run already{there}. Continue it with --resume auto, "
+            "choose another --train.run_folder, or replace it with --train.overwrite"
+        )
+    if start is not None and not automatic and newest is not None and step_of(newest) > start:
         raise ConfigError(
             f"resume: {folder} has later checkpoints, up to step {step_of(newest)}; "
             f"to branch off at step {start}, choose another --train.run_folder"

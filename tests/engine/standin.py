@@ -29,8 +29,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.points)
 
-    def to(self, device: torch.device) -> Batch:
-        return replace(self, points=self.points.to(device))
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return replace(self, points=self.points.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partialmethod
@@ -320,6 +321,14 @@ def test_resume_auto_starts_anew_where_there_is_no_checkpoint_yet(standin: Modul
     assert standin.run(program(standin, tmp_path, resume="auto")).step == 12
     assert len(losses(tmp_path)) == 12
     assert not list((tmp_path / "checkpoints").glob(".writing*"))
+
+
+def test_resume_auto_does_not_replace_a_finished_run_without_checkpoints(standin: ModuleType, tmp_path: Path) -> None:
+    standin.run(program(standin, tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="holds a run already, without checkpoints"):
+        standin.run(program(standin, tmp_path, resume="auto"))
+    assert (tmp_path / "export/model.safetensors").exists()
 
 
 def test_branching_off_and_continuing_a_finished_run(standin: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
