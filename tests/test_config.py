@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geossl.config import field_docs, flatten, from_dict, load_config, read_yaml, registry_field, require, split_arguments, to_dict, to_yaml
@@ -270,6 +270,7 @@ programs = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=60)
 @given(programs)
 def test_round_trip_through_yaml(config: Program) -> None:
     import tempfile
@@ -282,6 +283,7 @@ def test_round_trip_through_yaml(config: Program) -> None:
     assert to_dict(again) == to_dict(config)
 
 
+@settings(deadline=None, max_examples=60)
 @given(texts)
 def test_dumped_text_is_plain_yaml(note: str) -> None:
     """Any other YAML 1.1 reader sees a text as well, save where the two versions disagree about plain scalars."""
