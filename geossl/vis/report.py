@@ -41,6 +41,15 @@ BASELINE_TITLES = {
     "random": "Random encoder, calibrated",
     "encoder": "This encoder",
 }
+METHOD_TITLES = {
+    "point_mae": "Point-MAE",
+    "point_m2ae": "Point-M2AE",
+    "i2p_mae": "I2P-MAE",
+    "polar_mae": "PoLAr-MAE",
+    "nerf_mae": "NeRF-MAE",
+    "croco": "CroCo",
+    "gaussian2scene": "Gaussian2Scene",
+}
 NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall", "eta")
 MOST_STEPS = 1500
 SHELVES = 5
@@ -70,6 +79,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     shown, shelf = _embedding_panel(embedding)
     pictures, error_scale = _picture_panel(_read_arrays(run / "report" / "pictures.npz"))
     data: dict[str, Any] = {
+        "pretraining": "task" not in config,
         "header": _header(run, config, steps, columns, probed, summary),
         "metrics": {"step": steps, "columns": columns, "titles": TITLES},
         "curve": _probe_curve(probed, summary),
@@ -138,21 +148,20 @@ def _finite(value: float | None) -> float | None:
 
 
 def _probe_curve(probed: dict[str, list[Any]], summary: dict[str, Any] | None) -> dict[str, Any] | None:
-    if "svm" not in probed:
+    """Return the curve of the scores taken during training: the SVM probe, or the accuracy of a fine-tuned classifier."""
+    key = next((name for name in ("svm", "accuracy") if name in probed), None)
+    if key is None:
         return None
-    colors = {"random": "var(--bad)", "shape_histogram": "var(--soft)"}
-    short = {"random": "random", "shape_histogram": "hand-made"}
     baselines = []
-    for name in short if summary else ():
-        score = next((score for score in summary["baselines"].get(name, []) if score["probe"] == "svm"), None)  # type: ignore[index]
-        if score:
-            baselines.append({"name": short[name], "value": score["mean"], "color": colors[name]})
+    for name, short, color in (("random", "random", "var(--bad)"), ("shape_histogram", "hand-made", "var(--soft)")):
+        scores = summary["baselines"].get(name, []) if summary else []
+        baselines += [{"name": short, "value": score["mean"], "color": color} for score in scores if score["probe"] == key]
     return {
-        "title": "linear SVM on frozen features",
+        "title": "Probe: linear SVM on frozen features" if key == "svm" else "Accuracy on the test part",
         "step": probed["step"],
-        "mean": probed["svm"],
-        "std": [value or 0.0 for value in probed.get("svm_std", [0.0] * len(probed["svm"]))],
-        "official": probed.get("svm_official"),
+        "mean": probed[key],
+        "std": [value or 0.0 for value in probed[f"{key}_std"]] if f"{key}_std" in probed else None,
+        "official": probed.get(f"{key}_official"),
         "baselines": baselines,
     }
 
@@ -160,66 +169,58 @@ def _probe_curve(probed: dict[str, list[Any]], summary: dict[str, Any] | None) -
 def _header(
     run: Path, config: dict[str, Any], steps: list[int], columns: dict[str, Any], probed: dict[str, Any], summary: dict[str, Any] | None
 ) -> dict[str, Any]:
-    def name(section: str) -> str:
-        value = config.get(section)
-        return str(value.get("name", "")) if isinstance(value, dict) else str(value or "")
-
-    tiles: list[dict[str, str]] = []
-    said: list[dict[str, str]] = []
+    what, data, backbone = (_name(config, "method") or _name(config, "task"), _name(config, "data"), _name(config, "backbone"))
     result = summary.get("verdict") if summary else None
+    tiles: list[tuple[str, str, str]] = []
     if result:
-        lead, clear = result["lead"], abs(result["lead"]) > result["lead_std"]
-        tiles.append(
-            {"label": "Probe, linear SVM", "value": _percent(result["mean"]), "note": f"± {100 * result['std']:.1f} over resplits"}
-        )
-        tiles.append({"label": "Random encoder, calibrated", "value": _percent(result["bar"]), "note": "the bar to beat"})
-        said = [
-            {"text": "A linear SVM on its frozen features reaches ", "style": ""},
-            {"text": _percent(result["mean"]), "style": "b"},
-            {"text": ", ", "style": ""},
-            {"text": f"{abs(100 * lead):.1f} points {'above' if lead >= 0 else 'below'}", "style": "up" if lead >= 0 else "down"},
-            {"text": " the same encoder before training" + ("." if clear else ", within the spread of the resplits."), "style": ""},
-        ]
-    elif steps:
-        said = [{"text": "No probe has been run on its features yet.", "style": ""}]
-    if columns.get("loss"):
-        tail = [value for value in columns["loss"][-max(1, len(columns["loss"]) // 20) :] if value is not None]
-        first = next((value for value in columns["loss"] if value is not None), None)
-        if tail and first is not None:
-            tiles.append({"label": "Loss", "value": f"{np.mean(tail):.3g}", "note": f"from {first:.3g}"})
+        tiles.append(("Probe, linear SVM", _percent(result["mean"]), f"± {100 * result['std']:.1f} over resplits"))
+        tiles.append(("Random encoder, calibrated", _percent(result["bar"]), "the bar to beat"))
+    reached = [value for value in probed.get("accuracy", []) if value is not None]
+    if reached:
+        tiles.append(("Test accuracy", _percent(reached[-1]), f"best {_percent(max(reached))}"))
+    losses = [value for value in columns.get("loss", []) if value is not None]
+    if losses:
+        tiles.append(("Loss", f"{np.mean(losses[-max(1, len(losses) // 20) :]):.3g}", f"from {losses[0]:.3g}"))
     if steps:
-        tiles.append({"label": "Steps", "value": f"{steps[-1]:,}", "note": _batch_note(config)})
-    if columns.get("samples_per_s"):
-        rate = np.median([value for value in columns["samples_per_s"] if value is not None] or [0])
-        tiles.append({"label": "Samples per second", "value": f"{rate:.3g}", "note": "median"})
+        batch = (config.get("train") or {}).get("batch_size")
+        tiles.append(("Steps", f"{steps[-1]:,}", f"of {batch} clouds" if batch else ""))
+    rates = [value for value in columns.get("samples_per_s", []) if value is not None]
+    if rates:
+        tiles.append(("Samples per second", f"{np.median(rates):.3g}", "median"))
     parameters = _parameters(run / "export" / "model.safetensors")
     if parameters:
-        tiles.append({"label": "Encoder parameters", "value": f"{parameters / 1e6:.2f} M", "note": name("backbone")})
-    pieces = [part for part in (name("backbone"), name("data"), run.resolve().name) if part]
+        tiles.append(("Encoder parameters", f"{parameters / 1e6:.2f} M", backbone))
     return {
-        "eyebrow": " · ".join(pieces),
-        "title": f"{_titled(name('method'))} on {name('data')}" if name("method") and name("data") else run.resolve().name,
-        "verdict": said,
-        "tiles": tiles,
+        "eyebrow": " · ".join(part for part in (backbone, data, run.resolve().name) if part),
+        "title": f"{METHOD_TITLES.get(what, what.capitalize())} on {data}" if what and data else run.resolve().name,
+        "verdict": _verdict_words(result),
+        "tiles": [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles],
         "footer": f"Written by geossl {geossl.__version__} on {time.strftime('%Y-%m-%d %H:%M')}. One file, no network needed.",
     }
 
 
+def _verdict_words(result: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Say how far the encoder is from the bar; each piece with the style it is set in."""
+    if not result:
+        return []
+    lead, clear = result["lead"], abs(result["lead"]) > result["lead_std"]
+    pieces = (
+        ("A linear SVM on its frozen features reaches ", ""),
+        (_percent(result["mean"]), "b"),
+        (", ", ""),
+        (f"{abs(100 * lead):.1f} points {'above' if lead >= 0 else 'below'}", "up" if lead >= 0 else "down"),
+        (" the same encoder before training" + ("." if clear else ", within the spread of the resplits."), ""),
+    )
+    return [{"text": text, "style": style} for text, style in pieces]
+
+
+def _name(config: dict[str, Any], section: str) -> str:
+    value = config.get(section)
+    return str(value.get("name", "")) if isinstance(value, dict) else str(value or "")
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _titled(method: str) -> str:
-    known = {"point_mae": "Point-MAE", "point_m2ae": "Point-M2AE", "i2p_mae": "I2P-MAE", "polar_mae": "PoLAr-MAE"}
-    return {**known, "nerf_mae": "NeRF-MAE", "croco": "CroCo", "gaussian2scene": "Gaussian2Scene"}.get(method, method)
-
-
-def _batch_note(config: dict[str, Any]) -> str:
-    for section in ("train", "data", "loader"):
-        value = config.get(section)
-        if isinstance(value, dict) and "batch_size" in value:
-            return f"of {value['batch_size']} objects"
-    return ""
 
 
 def _parameters(path: Path) -> int:

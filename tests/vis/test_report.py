@@ -99,6 +99,20 @@ def test_report_of_a_bare_run(run):
     assert data["metrics"]["step"]
 
 
+def test_report_of_a_fine_tuning(run):
+    for name in ("probes.json", "embedding.npz", "pictures.npz"):
+        (run / "report" / name).unlink()
+    (run / "config.yaml").write_text("task: {name: classification}\nbackbone: null\ndata: {name: objects}\n")
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "probe/accuracy": 0.7}, {"step": 4, "probe/accuracy": 0.6}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = payload(write_report(run).read_text())
+    assert data["header"]["title"] == "Classification on objects"
+    assert {"label": "Test accuracy", "value": "60.0 %", "note": "best 70.0 %"} in data["header"]["tiles"]
+    assert data["curve"]["mean"] == [0.7, 0.6]
+    assert data["curve"]["std"] is None
+    assert not data["pretraining"]
+
+
 def test_predictions_that_are_not_finite_are_left_out(run):
     path = run / "report" / "pictures.npz"
     arrays = dict(np.load(path))

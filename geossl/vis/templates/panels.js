@@ -15,7 +15,7 @@ function hideTip() { tip.hidden = true; }
 function heading(section, title, text, ...controls) {
   section.append(el("div", { class: "head" }, el("div", {}, el("h2", {}, title), el("p", {}, text)), ...controls));
 }
-function missing(section, title, text) { section.append(el("div", { class: "head" }, el("h2", {}, title)), el("p", { class: "missing" }, text)); }
+function missing(section, title, text) { if (DATA.pretraining) section.append(el("div", { class: "head" }, el("h2", {}, title)), el("p", { class: "missing" }, text)); }
 function segmented(options, chosen, onChoose) {
   const box = el("div", { class: "segmented", role: "group" });
   for (const [key, label] of options) {
@@ -67,8 +67,8 @@ function curvesPanel() {
   if (columns.loss) lineChart(card(DATA.curve ? "wide" : "wide-alone"), { title: "Loss", series: series("loss", "var(--accent)"), log: true, height: 260 });
   if (DATA.curve) {
     const c = DATA.curve;
-    lineChart(card("wide"), { title: `Probe: ${c.title}`, height: 260, format: percent, baselines: c.baselines, series: [
-      { name: "resplits", color: "var(--accent-2)", x: c.step, y: c.mean, band: c.std, width: 2.4, dots: true },
+    lineChart(card("wide"), { title: c.title, height: 260, format: percent, baselines: c.baselines, series: [
+      { name: c.std ? "resplits" : "test", color: "var(--accent-2)", x: c.step, y: c.mean, band: c.std, width: 2.4, dots: true },
       ...(c.official ? [{ name: "official", color: "var(--faint)", x: c.step, y: c.official, width: 1.4, dashed: true }] : []),
     ] });
   }
