@@ -43,7 +43,7 @@ function headerPanel() {
   const clouds = DATA.pictures.map(() => null);
   const view = new View(canvas, () => reconstructionCloud(0, false, false), state, { limit: 620, label: "Reconstruction of the hidden part of an object, turning" });
   state.tick = (now) => {
-    const period = 9, index = Math.floor(now / period) % DATA.pictures.length, t = reducedMotion ? 5 : now % period;
+    const period = 9, index = (Math.floor(now / period) + 1) % DATA.pictures.length, t = reducedMotion ? 5 : now % period;
     if (index !== shown) { shown = index; view.cloud = clouds[index] ??= reconstructionCloud(index, false, false); caption.textContent = DATA.pictures[index].name; state.moved = true; }
     const grow = Math.min(Math.max((t - 2) / 1.6, 0), 1), eased = grow * grow * (3 - 2 * grow), leaving = t > period - 0.8 ? (period - t) / 0.8 : 1;
     const next = eased * leaving;
