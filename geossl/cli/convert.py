@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise CheckpointError(f"{args.folder} exists and is not an empty folder; name a new one")
     model = load_reference(args.system, args.source, _read_config(args.config))
-    backbone = model.backbone
-    save_backbone(backbone, args.folder)  # type: ignore[arg-type]
-    count = sum(p.numel() for p in backbone.parameters())  # type: ignore[union-attr]
+    backbone = model.get_submodule("backbone")
+    save_backbone(backbone, args.folder)
+    count = sum(p.numel() for p in backbone.parameters())
     print(
         f"{args.source}: {type(model).__name__} of system {args.system}; its encoder ({count / 1e6:.1f} M parameters) is in {args.folder}"
     )

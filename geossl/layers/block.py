@@ -32,23 +32,19 @@ class Block(nn.Module):
         heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over ``dim``.
         qkv_bias: Bias of the query/key/value projection.
-        drop_path: Probability of dropping a residual branch for a whole sample in training (stochastic depth, Huang et al., 2016);
-            kept branches are scaled by ``1 / (1 - drop_path)``.
     """
 
-    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, qkv_bias: bool = False, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, qkv_bias: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = drop_path
 
     def forward(
         self,
         x: Tensor,
         segments: Segments,
-        *,
         rows: Tensor | None = None,
         row_segments: Segments | None = None,
         keep: Tensor | None = None,
@@ -61,7 +57,7 @@ class Block(nn.Module):
             rows: When only some rows are read afterwards, their numbers ``[R]`` (ascending); the others still serve as keys and
                 values, but their own output is not computed.
             row_segments: How many of ``rows`` each sample has.
-            keep: Multiplier of the attention and the MLP branch of each sample, ``[B, 2]``; the draws of ``drop_path``.
+            keep: Multiplier of the attention and the MLP branch of each sample, ``[B, 2]``: 0 drops a branch (stochastic depth).
 
         Returns:
             ``[T, C]``, or ``[R, C]`` with ``rows``.
@@ -85,13 +81,15 @@ class BlockStack(nn.Module):
         depth: Number of blocks.
         heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over ``dim``.
-        drop_path: Drop rate of the last block; rates grow linearly from 0 at the first.
+        drop_path: Probability of dropping a residual branch of the last block for a whole sample in training (stochastic depth,
+            Huang et al., 2016); it grows linearly from 0 at the first block, and kept branches are scaled by ``1 / (1 - rate)``.
     """
 
     def __init__(self, dim: int, depth: int, heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio=mlp_ratio, drop_path=rate) for rate in rates)
+        self.drop_path_rates = rates
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio=mlp_ratio) for _ in rates)
         self.grad_checkpointing = False
 
     def __len__(self) -> int:
@@ -124,18 +122,18 @@ class BlockStack(nn.Module):
         """
         keeps = self._draw_drop_path(segments, random, x.device)
         for i, block in enumerate(self.blocks):
-            last = {"rows": rows, "row_segments": row_segments} if i == len(self.blocks) - 1 else {}
+            only = (rows, row_segments) if i == len(self.blocks) - 1 else (None, None)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x + position, segments, keep=keeps[i], use_reentrant=False, **last)
+                x = checkpoint(block, x + position, segments, *only, keeps[i], use_reentrant=False)
             else:
-                x = block(x + position, segments, keep=keeps[i], **last)
+                x = block(x + position, segments, *only, keeps[i])
             if intermediates is not None:
                 intermediates.append(x)
         return x
 
     def _draw_drop_path(self, segments: Segments, random: BatchRandom | None, device: torch.device) -> list[Tensor | None]:
         """The multipliers ``[B, 2]`` of each block in this pass; None where nothing can be dropped."""
-        rates = [block.drop_path for block in self.blocks]
+        rates = self.drop_path_rates
         if not self.training or not any(rates):
             return [None] * len(rates)
         random = random or BatchRandom(len(segments.lengths))

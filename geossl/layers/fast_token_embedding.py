@@ -136,13 +136,13 @@ def _first_half(
     shared_slot = torch.empty(total, channels, dtype=torch.int64, device=groups.device)
     group_sum = groups.new_empty(total, channels)
     gram = groups.new_zeros(channels, channels)
-    shift = None  # moments are taken about the first chunk's mean: no cancellation
+    shift = groups.new_empty(0)  # moments are taken about the first chunk's mean: no cancellation
     for part in _chunks(total, size):
         hidden[part] = torch.addmm(fold.bias, groups[part].flatten(0, 1), fold.weight.T).relu_().view(-1, size, hidden.shape[2])
         torch.addmm(bias2, hidden[part].flatten(0, 1), conv2, out=local[part].view(-1, channels))
         shared[part], shared_slot[part] = _first_maximum(local[part])
         rows = local[part].flatten(0, 1).to(groups.dtype)
-        shift = rows.mean(0) if shift is None else shift
+        shift = shift if len(shift) else rows.mean(0)
         rows = rows - shift
         gram.addmm_(rows.T, rows)
         group_sum[part] = rows.view(-1, size, channels).sum(1)
@@ -216,12 +216,12 @@ def _first_half_backward(
     # What the statistics ask of each group: of every one of its points alike (from_shared), and of its maximum.
     best = shared.to(groups.dtype) - mean_shared
     group_sum = local.sum(1, dtype=groups.dtype) - size * mean_local
-    from_shared = torch.addmm(g_local, best, block_sl, alpha=2) / second.count
-    grad_shared = (2 * (group_sum @ block_sl.T) + size * (2 * (best @ block_ss) + g_shared)) / second.count
+    from_shared = torch.addmm(g_local, best, block_sl, alpha=2) / second.rows
+    grad_shared = (2 * (group_sum @ block_sl.T) + size * (2 * (best @ block_ss) + g_shared)) / second.rows
     grad_shared.index_add_(0, keep, grad_shared_kept)
-    from_shared -= (2 / second.count) * (mean_local @ block_ll)
+    from_shared -= (2 / second.rows) * (mean_local @ block_ll)
 
-    own = ((2 / second.count) * block_ll).to(dtype)
+    own = ((2 / second.rows) * block_ll).to(dtype)
     conv2 = p.conv2.to(dtype)
     place = torch.full((total,), -1, dtype=torch.int64)
     place[keep.cpu()] = torch.arange(keep.shape[0])

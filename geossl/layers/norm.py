@@ -23,7 +23,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
-    count: float
+    rows: float
 
 
 def world_size() -> int:
@@ -81,7 +81,7 @@ class BatchNorm(nn.BatchNorm1d):
         """Move the running statistics towards those of ``linear``'s output, given the ``moments`` of its input."""
         weight = linear.weight.to(moments.mean.dtype)
         mean = weight @ moments.mean + linear.bias
-        self.update(mean, ((weight @ moments.covariance) * weight).sum(1), moments.count)
+        self.update(mean, ((weight @ moments.covariance) * weight).sum(1), moments.rows)
 
 
 def row_moments(rows: Tensor) -> Moments:

@@ -76,9 +76,9 @@ class PointTokenEmbedding(nn.Module):
         with torch.autocast(device, enabled=False):
             first = row_moments(groups.flatten(0, 1))
             layers = self.conv1, self.norm1, self.conv2, self.conv3, self.norm2, self.conv4
-            tokens, *second = FastEmbedding.apply(
+            tokens, mean, covariance = FastEmbedding.apply(
                 groups, *first, keep, dtype, self.norm1.eps, self.norm2.eps, *(p for layer in layers for p in (layer.weight, layer.bias))
             )
             self.norm1.update_from_input(first, self.conv1)
-            self.norm2.update_from_input(Moments(*second, first.count), self.conv3)
+            self.norm2.update_from_input(Moments(mean, covariance, first.rows), self.conv3)
         return tokens

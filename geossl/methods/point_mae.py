@@ -268,7 +268,11 @@ def reference_encoder_config(encoder: Mapping[str, Tensor], config: Mapping[str,
         groups=config.get("num_group", 64),
         group_size=config.get("group_size", group_size),
         in_channels=encoder["embed.conv1.weight"].shape[1],
-        embed_widths=tuple(encoder[f"embed.conv{i}.weight"].shape[0] for i in (1, 2, 3)),
+        embed_widths=(
+            encoder["embed.conv1.weight"].shape[0],
+            encoder["embed.conv2.weight"].shape[0],
+            encoder["embed.conv3.weight"].shape[0],
+        ),
         drop_path=transformer.get("drop_path_rate", 0.1),
         min_sq_norm=1e-3,
     )

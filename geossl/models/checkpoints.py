@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from geossl.errors import CheckpointError
 
 # Training scripts like to store accuracies as numpy scalars; rebuilding those runs nothing but numpy's own constructors.
-_NUMPY_SCALARS = [
-    np.dtype,
-    np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar,
-    *{type(np.dtype(t)) for t in "fdilq?"},
-]
+_NUMPY_SCALARS: list[Any] = [np.dtype, np.float64(0).__reduce__()[0], *{type(np.dtype(kind)) for kind in "fdilq?"}]
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

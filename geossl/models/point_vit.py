@@ -212,6 +212,8 @@ def resolve_indices(indices: int | list[int] | None, depth: int) -> list[int]:
     """Turn the ``indices`` argument of ``forward_intermediates`` into block numbers 0..depth-1."""
     if indices is None:
         return list(range(depth))
+    if isinstance(indices, int) and not 1 <= indices <= depth:
+        raise ValueError(f"indices: the last {indices} blocks were asked for, but the backbone has {depth} (give 1..{depth}, or a list)")
     wanted = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
     for i in wanted:
         if not -depth <= i < depth:

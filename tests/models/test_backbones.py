@@ -49,6 +49,8 @@ def test_intermediates_agree_with_the_forward_pass_and_feature_info(backbone, po
     torch.testing.assert_close(last[0], features[1])
     with pytest.raises(ValueError, match="block 3 does not exist; the backbone has 3 blocks"):
         backbone.forward_intermediates(points, [3])
+    with pytest.raises(ValueError, match="the last 4 blocks were asked for, but the backbone has 3"):
+        backbone.forward_intermediates(points, 4)
 
 
 def test_packed_equals_padded_bit_for_bit(backbone, points):
