@@ -256,7 +256,7 @@ GEOSSL_API int geossl_chamfer_cpu(int threads, int is_double, const void* x, con
 GEOSSL_API int geossl_chamfer_backward_cpu(int threads, int is_double, const void* x, const int64_t* x_offsets, const int64_t* x_lengths,
                                            int64_t n, const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m,
                                            int64_t batch, int norm, int direction, const int64_t* nearest, const void* grad, const int64_t*,
-                                           const int64_t*, void* grad_x, void* grad_y) {
+                                           const int64_t*, void*, void* grad_x, void* grad_y) {
   using namespace geossl;
   const Clouds xs{x_offsets, x_lengths, batch, n}, ys{y_offsets, y_lengths, batch, m};
   if (batch < 0 || n < 0 || m < 0) return GEOSSL_INVALID_ARGUMENT;

@@ -23,8 +23,10 @@ _REDUCTIONS = ("mean", "sum", "none")
 _PAIRS = (INT, PTR, PTR, PTR, INT64, PTR, PTR, PTR, INT64, INT64)
 # pairs, norm, direction, nearest, distances (workspace on CUDA), loss
 _chamfer_c = _dispatch.functions("chamfer", *_PAIRS, INT, INT, PTR, PTR, PTR)
-# pairs, norm, direction, nearest, grad, order and starts (from _dispatch.inverse, on CUDA), grad_x, grad_y
-_backward_c = _dispatch.functions("chamfer_backward", *_PAIRS, INT, INT, PTR, PTR, PTR, PTR, PTR, PTR)
+# pairs, norm, direction, nearest, grad, order and starts (from _dispatch.inverse, on CUDA), weights (workspace on CUDA), grad_x, grad_y
+_backward_c = _dispatch.functions("chamfer_backward", *_PAIRS, INT, INT, *[PTR] * 7)
+
+_PATCH = 64  # up to this many points, a GPU looks through all points of the other patch instead of inverting the map of nearest points
 
 
 def _batching(
@@ -89,18 +91,19 @@ def _backward_native(
     x, y, grad = x.contiguous(), y.contiguous(), grad.contiguous()
     batching = (None if t is None else t.contiguous() for t in (x_lengths, y_lengths, x_offsets, y_offsets))
     grad_x, grad_y = torch.empty_like(x), torch.empty_like(y)
-    order = starts = None
+    order = starts = weights = None
     if kind == "cuda":
-        # Every row of either cloud gets the pulls of the rows of the other that are nearest to it, in order. Entries of x name rows of y,
-        # which are numbered first; those of y name rows of x, after them.
-        x_entries = 0 if direction == "y" else x.numel() // 3
-        shift = torch.zeros_like(nearest)
-        shift[x_entries:] = y.numel() // 3
-        target = torch.where(nearest < 0, nearest, nearest + shift)
-        order, starts = _dispatch.inverse(target, 1, (x.numel() + y.numel()) // 3)
+        weights = grad.new_empty(2 * grad.shape[0])
+        if x_offsets is not None or max(x.shape[1], y.shape[1]) > _PATCH:
+            # Each row gets the pulls of the rows of the other cloud to which it is the nearest, in order. The entries of x come first and
+            # name rows of y; in the map, the rows of y come first.
+            x_entries = 0 if direction == "y" else x.numel() // 3
+            target = nearest.clone()
+            target[x_entries:] += torch.where(nearest[x_entries:] < 0, 0, y.numel() // 3)
+            order, starts = _dispatch.inverse(target, 1, (x.numel() + y.numel()) // 3)
     _backward_c[kind](
         *_dispatch.place(kind, x), *_pairs(x, y, *batching), _NORMS.index(norm), _DIRECTIONS.index(direction), nearest.data_ptr(),
-        grad.data_ptr(), _dispatch.pointer(order), _dispatch.pointer(starts), grad_x.data_ptr(), grad_y.data_ptr(),
+        *map(_dispatch.pointer, (grad, order, starts, weights, grad_x, grad_y)),
     )  # fmt: skip
     return grad_x, grad_y
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate, pairwise
 from typing import Any, overload
 
 import torch
@@ -16,19 +18,26 @@ _OP = "farthest_point_sample"
 _sample = _dispatch.functions("fps", INT, PTR, PTR, PTR, INT64, INT64, PTR, INT64, INT64, PTR, PTR, DOUBLE, PTR, PTR)
 
 
+_IN_REGISTERS = {torch.float32: 8192, torch.float64: 4096}  # a GPU block holds clouds of this size; larger ones need memory
+
+
 def _run(
-    kind: Any, points: Tensor, offsets: Tensor | None, lengths: Tensor | None, out_offsets: Tensor | None, k: int, start: int,
-    starts: Tensor | None, mask: Tensor | None, min_sq_norm: float, out: Tensor,
+    kind: Any, points: Tensor, offsets: Tensor | None, lengths: Tensor | None, out_offsets: Tensor | None, largest: int, k: int,
+    start: int, starts: Tensor | None, mask: Tensor | None, min_sq_norm: float, out: Tensor,
 ) -> Tensor:  # fmt: skip
+    """Call the kernel; ``largest`` is the size of the largest cloud (or more) and ``k`` the largest number of picks."""
     points = points.contiguous()
-    batch, n = (points.shape[0], points.shape[1]) if offsets is None else (offsets.shape[0] - 1, points.shape[0])
+    batch = points.shape[0] if offsets is None else offsets.shape[0] - 1
     workspace = None
+    if kind == "cuda" and largest > _IN_REGISTERS[points.dtype]:
+        # A distance for every row, and two sets of 256 (distance, index) pairs for every cloud.
+        workspace = torch.empty(points.numel() // 3 * points.element_size() + batch * 2 * 256 * 16, dtype=torch.uint8, device=points.device)
     if lengths is not None or starts is not None or mask is not None:
         lengths, starts, mask = (None if t is None else t.contiguous() for t in (lengths, starts, mask))
     pointer = _dispatch.pointer
     _sample[kind](
-        *_dispatch.place(kind, points), points.dtype == torch.float64, points.data_ptr(), pointer(offsets), pointer(lengths), batch, n,
-        pointer(out_offsets), k, start, pointer(starts), pointer(mask), min_sq_norm, pointer(workspace), out.data_ptr(),
+        *_dispatch.place(kind, points), points.dtype == torch.float64, points.data_ptr(), pointer(offsets), pointer(lengths), batch,
+        largest, pointer(out_offsets), k, start, pointer(starts), pointer(mask), min_sq_norm, pointer(workspace), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -60,7 +69,7 @@ def _fps_native(
 ) -> Tensor:
     _padded_values(points, lengths, start, starts)
     out = points.new_empty(points.shape[0], k, dtype=torch.int64)
-    return _run(kind, points, None, lengths, None, k, start, starts, mask, min_sq_norm, out)
+    return _run(kind, points, None, lengths, None, points.shape[1], k, start, starts, mask, min_sq_norm, out)
 
 
 def _fps_twin(points: Tensor, k: int, lengths: Tensor | None, start: int, starts: Tensor | None, *rest: Any) -> Tensor:
@@ -72,11 +81,13 @@ def _fps_fake(points: Tensor, k: int, *rest: Any) -> Tensor:
     return points.new_empty((points.shape[0], k), dtype=torch.int64)
 
 
-def _packed_sizes(points: Tensor, offsets: Tensor, counts: Tensor | None, k: int, ratio: float, start: int, starts: Tensor | None) -> tuple[Tensor, int]:
-    """Check the values and return the offsets of the picks and their number; this is where a CUDA call waits for the device."""
+def _packed_sizes(
+    points: Tensor, offsets: Tensor, counts: Tensor | None, k: int, ratio: float, start: int, starts: Tensor | None
+) -> tuple[list[int], list[int]]:
+    """Check the values; return the points and the picks of every cloud. This is where a call on a GPU waits for the device."""
     _checks.offset_values(_OP, offsets, points.shape[0])
     ends = offsets.tolist()
-    sizes = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    sizes = [end - begin for begin, end in pairwise(ends)]
     if start != 0 or starts is not None:
         _start_values(points, sizes, start, starts)
     if counts is not None:
@@ -85,13 +96,10 @@ def _packed_sizes(points: Tensor, offsets: Tensor, counts: Tensor | None, k: int
             raise ValueError(f"{_OP}: k must not be negative, got {min(wanted)} for cloud {wanted.index(min(wanted))}")
     elif ratio > 0:
         # The tolerance keeps ratio * n from being rounded up past a whole number: 0.1 of 30 points are 3.
-        wanted = [int(-(-(ratio * n - 1e-9) // 1)) for n in sizes]
+        wanted = [math.ceil(ratio * size - 1e-9) for size in sizes]
     else:
         wanted = [k] * len(sizes)
-    out = [0]
-    for size, count in zip(sizes, wanted, strict=True):
-        out.append(out[-1] + min(size, count))
-    return torch.tensor(out, device=points.device), out[-1]
+    return sizes, [min(pair) for pair in zip(sizes, wanted, strict=True)]
 
 
 def _packed_native(
@@ -99,16 +107,20 @@ def _packed_native(
     mask: Tensor | None, min_sq_norm: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     offsets = offsets.contiguous()
-    out_offsets, total = _packed_sizes(points, offsets, counts, k, ratio, start, starts)
-    out = torch.empty(total, dtype=torch.int64, device=points.device)
-    return _run(kind, points, offsets, None, out_offsets, 0, start, starts, mask, min_sq_norm, out), out_offsets
+    sizes, picks = _packed_sizes(points, offsets, counts, k, ratio, start, starts)
+    ends = list(accumulate(picks, initial=0))
+    out_offsets = torch.tensor(ends, device=points.device)
+    out = points.new_empty(ends[-1], dtype=torch.int64)
+    largest, most = max(sizes, default=0), max(picks, default=0)
+    return _run(kind, points, offsets, None, out_offsets, largest, most, start, starts, mask, min_sq_norm, out), out_offsets
 
 
 def _packed_twin(
     points: Tensor, offsets: Tensor, counts: Tensor | None, k: int, ratio: float, start: int, starts: Tensor | None, mask: Tensor | None,
     min_sq_norm: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out_offsets, _ = _packed_sizes(points, offsets, counts, k, ratio, start, starts)
+    _, picks = _packed_sizes(points, offsets, counts, k, ratio, start, starts)
+    out_offsets = torch.tensor(list(accumulate(picks, initial=0)), device=points.device)
     return reference.fps_packed(points, offsets, out_offsets, start, starts, mask, min_sq_norm), out_offsets
 
 
