@@ -178,7 +178,7 @@ class PointMAE(nn.Module):
     def layer_groups(self) -> list[list[str]]:
         """Parameter name prefixes from input to output, for layer-wise learning-rate decay."""
         encoder = [[f"backbone.{prefix}" for prefix in prefixes] for prefixes in self.backbone.layer_groups()]
-        return [*encoder, ["mask_token", "decoder_position", "decoder.", "decoder_norm", "head"]]
+        return [*encoder, ["mask_token", "decoder_position.", "decoder.", "decoder_norm.", "head."]]
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute block activations of encoder and decoder in the backward pass."""

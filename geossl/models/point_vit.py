@@ -201,7 +201,7 @@ class PointViT(nn.Module):
 
     def layer_groups(self) -> list[list[str]]:
         """Parameter name prefixes from input to output, for layer-wise learning-rate decay."""
-        return [["embed", "position"], *([f"blocks.blocks.{i}"] for i in range(self.config.depth)), ["norm"]]
+        return [["embed.", "position."], *([f"blocks.blocks.{i}."] for i in range(self.config.depth)), ["norm."]]
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute block activations in the backward pass instead of storing them."""

@@ -156,7 +156,7 @@ class Classification(nn.Module):
         """Parameter name prefixes from input to output, for layer-wise learning-rate decay."""
         encoder = [[f"backbone.{prefix}" for prefix in prefixes] for prefixes in self.backbone.layer_groups()]
         encoder[0] = [*encoder[0], "cls_token", "cls_position"]
-        return [*encoder, ["head"]]
+        return [*encoder, ["head."]]
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute block activations in the backward pass."""

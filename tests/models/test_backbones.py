@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 import geossl
 from geossl.errors import CheckpointError, ConfigError, UnknownNameError
 from geossl.geometry import PackedPoints, Tokens
+from geossl.methods import METHODS
+from geossl.tasks import TASKS
 
 SMALL = {"dim": 24, "depth": 3, "heads": 2, "groups": 6, "group_size": 4}
 
@@ -68,10 +71,13 @@ def test_saving_and_loading_gives_the_same_features(backbone, points, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_every_parameter_belongs_to_exactly_one_layer_group(backbone):
-    prefixes = [prefix for group in backbone.layer_groups() for prefix in group]
-    for name, _ in backbone.named_parameters():
-        assert sum(name == p or name.startswith(p + ".") for p in prefixes) == 1, name
+@pytest.mark.parametrize("wrap", [lambda b: b, METHODS.config("point_mae").build, replace(TASKS.config("classification"), classes=3).build])
+def test_every_parameter_belongs_to_exactly_one_layer_group(wrap):
+    """Also with more than ten blocks, where one number is the beginning of another."""
+    module = wrap(geossl.create_backbone("point_vit_tiny", **SMALL | {"depth": 12, "heads": 6}))
+    prefixes = [prefix for group in module.layer_groups() for prefix in group]
+    for name, _ in module.named_parameters():
+        assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
 
 
 def test_points_that_are_not_finite_are_left_out(backbone, points):
