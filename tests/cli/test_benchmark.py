@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from geossl import cli
 from geossl.cli import benchmark
 from geossl.cli.benchmark import imports, ops, steps
+from geossl.cli.benchmark import measure as measuring
 from geossl.cli.benchmark.clouds import surfaces
 from geossl.cli.benchmark.measure import (
     Case,
@@ -24,6 +28,7 @@ from geossl.cli.benchmark.measure import (
     measure,
     nbytes,
     peak_memory,
+    release_memory,
     reset_peak_memory,
 )
 from geossl.cli.benchmark.row import Peer, Row, seconds, table_of
@@ -35,6 +40,7 @@ KEYS = {
     *("flop", "flop_is", "gemm_flops", "bytes", "bytes_is", "copy_bytes_per_s", "floor_s", "floor_ratio"),
     *("peer", "peer_cpu_s", "peer_ratio", "peers", "target_s", "step_cpu_s", "share_of_step", "load_average", "machine"),
 }
+ROOT = Path(__file__).parents[2]
 LINUX = reset_peak_memory() is not None
 
 
@@ -218,7 +224,7 @@ def test_slow_calls_are_sampled_less_often():
         run()
         return Sample(2.5 if order[-1] == "slow" else 1.0, 1.0, None, None)
 
-    row = measure("suite", "name", replace(case, clock=fake_clock), repeats=5)
+    row = measure("suite", "name", replace(case, clock=fake_clock, warm=False), repeats=5)
     assert row.repeats == 3
     assert order.count("quick") == 2 + 5  # the answer and the memory first
     assert row.peak_mib is None
@@ -233,7 +239,8 @@ def test_quick_calls_are_repeated_within_a_sample():
 
     row = measure("suite", "name", a_case(run=call), repeats=2)
     assert row.calls_per_repeat > 100
-    assert count == 2 + 2 * row.calls_per_repeat  # the answer, one for the memory, then the samples
+    warm_up = count - 2 - 2 * row.calls_per_repeat  # besides the answer, the call for the memory and the samples
+    assert 1 <= warm_up < row.calls_per_repeat
     assert row.cpu_s < 1e-3
 
 
@@ -300,7 +307,9 @@ def test_peak_memory_is_that_of_the_sample():
     def large():
         torch.ones(32 << 20, dtype=torch.uint8)
 
+    release_memory()
     assert clock(large, 1).rise >= 31
+    release_memory()
     assert clock(lambda: None, 1).rise < 8  # the mark was reset
     assert peak_memory() > 50
 
@@ -310,6 +319,42 @@ def test_memory_of_a_row_is_what_a_call_needs():
     row = measure("suite", "name", a_case(run=lambda: torch.ones(4 << 20) + torch.ones(4 << 20), peers={"none": lambda: 1}), 1)
     assert 45 <= row.rise_mib < 60  # three times 16 MiB
     assert row.peers[0].peak_mib < row.peak_mib
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LINUX, reason="page faults are counted as Linux does")
+def test_operators_are_measured_without_new_pages():
+    """In a process of its own, since the setting lasts."""
+    code = (
+        "import torch\n"
+        "from geossl.cli.benchmark.measure import keep_memory, page_faults, settle\n"
+        "keep_memory()\n"
+        "call = lambda: torch.ones(4 << 20)\n"
+        "settle([call])\n"
+        "before = page_faults()\n"
+        "for _ in range(10): call()\n"
+        "print(page_faults() - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 1000  # ten times 16 MiB would be 40,960 pages
+
+
+@pytest.mark.slow
+def test_import_is_not_compiled_anew_each_time(monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    _, _, moved = imports._import("import geossl")
+    assert moved > 300
+
+
+def test_settling_ends_when_no_more_pages_are_asked_for(monkeypatch):
+    faults, calls = iter([0, 5000, 5000, 9000, 9000, 9010]), []
+    monkeypatch.setattr(measuring, "page_faults", lambda: next(faults))
+    measuring.settle([lambda: calls.append("a"), lambda: calls.append("b")])
+    assert calls == ["a", "b"] * 3
+    monkeypatch.setattr(measuring, "page_faults", iter(range(0, 10**9, 5000)).__next__)
+    monkeypatch.setattr(measuring, "SETTLE_SECONDS", 0.0)
+    measuring.settle([lambda: calls.append("c")])
+    assert calls.count("c") == 1
 
 
 def test_rates_are_measured_once_and_make_sense():

@@ -101,7 +101,10 @@ def _cases(suite: str, config: BenchmarkConfig, folder: Path) -> dict[str, Calla
         return steps.cases(config.method, config.quick)
     if suite == "ops":
         from geossl.cli.benchmark import ops
+        from geossl.cli.benchmark.measure import keep_memory
 
+        if not config.quick:
+            keep_memory()
         return ops.cases(config.quick)
     if suite == "data":
         from geossl.cli.benchmark import data

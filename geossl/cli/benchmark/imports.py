@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,9 +44,11 @@ marks.append(now())
 known = set(sys.modules)
 {statement}
 marks.append(now())
-files = [getattr(getattr(sys.modules[name], "__spec__", None), "cached", None) for name in set(sys.modules) - known]
 import os
-print(json.dumps([marks, sum(os.path.getsize(file) for file in files if file and os.path.exists(file))]))
+specs = [getattr(sys.modules[name], "__spec__", None) for name in set(sys.modules) - known]
+files = [(spec.cached, spec.origin) for spec in specs if spec is not None]
+sizes = [next((os.path.getsize(file) for file in pair if file and os.path.exists(file)), 0) for pair in files]
+print(json.dumps([marks, sum(sizes)]))
 """
 
 
@@ -68,20 +71,24 @@ def _case(statement: str) -> Case:
     return Case(
         inputs="fresh process, after import torch",
         run=run,
-        moved=max(moved, 1),
-        moved_is="byte code of the modules it brings, read",
+        moved=moved,
+        moved_is="byte code of the modules it brings, read (source where there is none)",
         flop=0,
         flop_is="none",
         peers={"import torch": lambda: torch_samples[-1]},  # measured in the same processes
         target=TARGET,
         clock=lambda run, calls: run(),
+        warm=False,
     )
 
 
 def _import(statement: str) -> tuple[Sample, Sample, int]:
     """Import torch, then ``statement``, in a fresh process; return a sample of each and the bytes of byte code."""
     path = [str(Path(folder).parent) for folder in geossl.__path__]
-    ran = subprocess.run([sys.executable, "-c", _CODE.format(path=path, statement=statement)], capture_output=True, text=True, check=True)
+    # An installed package has its byte code; without this a setting of the caller's would have every run compile it again.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", _CODE.format(path=path, statement=statement)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     marks, moved = json.loads(ran.stdout)
     samples: list[Any] = []
     for before, after in itertools.pairwise(marks):

@@ -13,7 +13,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,10 @@ GEMM_SHAPES = ((512, 1536, 384), (512, 384, 1536), (2048, 256, 128), (2048, 512,
 SAMPLE_SECONDS = 0.02  # quick calls are repeated within one sample until it lasts this long
 SLOW_SECONDS = 2.0  # slower calls are sampled SLOW_REPEATS times at most
 SLOW_REPEATS = 3
+SETTLE_SECONDS = 0.5
+FEW_FAULTS = 64  # pages, in one round of all calls
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class Sample(NamedTuple):
@@ -72,6 +76,7 @@ class Case:
         target: Seconds of CPU time to stay below, or None.
         share_of: CPU seconds of the step this is a part of, or None.
         clock: How ``run`` is timed; a case that runs elsewhere brings its own.
+        warm: Call everything some more before timing (:func:`settle`).
     """
 
     inputs: str
@@ -86,6 +91,7 @@ class Case:
     target: float | None = None
     share_of: float | None = None
     clock: Callable[[Callable[[], Any], int], Sample] = clock
+    warm: bool = True
 
 
 def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SAMPLE_SECONDS) -> Row:
@@ -106,6 +112,8 @@ def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SA
     for title, run in runs.items():
         release_memory()
         first[title] = case.clock(run, 1)
+    if case.warm:
+        settle(list(runs.values()))
     calls = {title: max(1, round(seconds / max(sample.cpu, 1e-7))) for title, sample in first.items()}
     samples: dict[str, list[Sample]] = {title: [] for title in runs}
     for turn in range(repeats):
@@ -159,6 +167,41 @@ def release_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_memory() -> None:
+    """Make glibc keep freed memory for the rest of the process instead of giving it back and asking for it again.
+
+    Left alone it does either, by what was allocated before; 16 MiB of new pages then cost a call many times what it computes, or
+    nothing, and ours and a peer's may fall on different sides.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def settle(runs: Sequence[Callable[[], Any]]) -> None:
+    """Call all of ``runs`` in turn until they ask the system for no new pages: at least once, for half a second at most.
+
+    Memory was released to measure it, and aligned blocks take several calls to merge into ones that can be used again.
+    """
+    end = time.process_time() + SETTLE_SECONDS
+    while True:
+        before = page_faults()
+        for run in runs:
+            run()
+        if page_faults() - before < FEW_FAULTS or time.process_time() > end:
+            return
+
+
+def page_faults() -> int:
+    """Pages the system has handed to this process so far; 0 where it does not tell."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def reset_peak_memory() -> float | None:

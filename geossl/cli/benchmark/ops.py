@@ -1,4 +1,8 @@
-"""Operators at the sizes models use, and at 8 points, where only the overhead of a call is left."""
+"""Operators at the sizes models use, and at 8 points, where only the overhead of a call is left.
+
+The process keeps its memory (:func:`~geossl.cli.benchmark.measure.keep_memory`), so what the system takes to hand out new pages is in
+none of the times, ours or the peers'. Steps, in contrast, are measured as they run.
+"""
 
 from __future__ import annotations
 
