@@ -6,7 +6,7 @@ Packed is the native form (see :mod:`geossl.geometry`): several clouds of differ
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ Self = TypeVar("Self", bound="_Movable")
 
 
 class _Movable:
-    """Adds ``to``, ``pin_memory`` and ``device`` to a dataclass of tensors (and nested containers)."""
+    """Adds ``to`` and ``pin_memory`` to a dataclass of tensors (and nested containers)."""
+
+    _stays_on_host: ClassVar[tuple[str, ...]] = ()
 
     def _map(self: Self, move: Any) -> Self:
-        changes = {f.name: move(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), (Tensor, _Movable))}  # type: ignore[arg-type]
-        return replace(self, **changes)  # type: ignore[type-var]
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._stays_on_host}  # type: ignore[arg-type]
+        return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, (Tensor, _Movable))})  # type: ignore[type-var]
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """Move every tensor as :meth:`torch.Tensor.to` does. Give a device; dtypes of index tensors must not change."""
@@ -130,7 +132,7 @@ class PointBatch(_Movable):
         index: Row of each cloud in its data set, ``[B]`` int64, or None.
         slot: Place of each cloud in the *global* batch (over all ranks and accumulated micro-batches), ``[B]`` int64. Random
             draws that are made for the whole global batch and then cut by ``slot`` do not depend on how it was split.
-            None means ``arange(B)``.
+            None means ``arange(B)``. Stays on the CPU, where the draws are made, so that no draw waits for a device.
         global_size: Clouds in the global batch; None means ``B``.
     """
 
@@ -139,6 +141,8 @@ class PointBatch(_Movable):
     index: Tensor | None = None
     slot: Tensor | None = None
     global_size: int | None = None
+
+    _stays_on_host: ClassVar[tuple[str, ...]] = ("slot",)
 
     def __len__(self) -> int:
         """Number of clouds in this batch."""

@@ -38,5 +38,5 @@ class BatchRandom:
         """Uniform numbers in [0, 1), ``[B, *shape]`` float32 on ``device`` (drawn on the CPU: equal on every device)."""
         noise = torch.rand(self.global_size or self.size, *shape, generator=self.generator)
         if self.slot is not None:
-            noise = noise[self.slot.cpu()]
+            noise = noise[self.slot]
         return noise.to(device)

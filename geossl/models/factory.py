@@ -80,7 +80,9 @@ def save_backbone(backbone: nn.Module, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
-    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    safetensors.torch.save_file(state, weights, metadata={"format": "pt"})
+    weights.chmod(folder.stat().st_mode & 0o666)  # safetensors makes private files, whatever the umask says
     config = {"backbone": dataclasses.asdict(backbone.config)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder

@@ -1,0 +1,59 @@
+"""Containers check their shapes, convert without loss, and move to a device whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geossl.geometry import PackedPoints, PointBatch, Tokens
+
+
+@given(lengths=st.lists(st.integers(0, 4), max_size=4), columns=st.integers(3, 5))
+def test_padded_and_packed_hold_the_same_rows(lengths, columns):
+    longest = max(lengths, default=0)
+    padded = torch.full((len(lengths), longest, columns), torch.nan)
+    for cloud, n in enumerate(lengths):
+        padded[cloud, :n] = torch.randn(n, columns)
+    packed = PackedPoints.from_padded(padded, torch.tensor(lengths, dtype=torch.int64))
+    assert packed.lengths.tolist() == lengths
+    assert not packed.coord.isnan().any()
+    rows = packed.coord if packed.feats is None else torch.cat([packed.coord, packed.feats], 1)
+    for cloud, part in enumerate(rows.split(lengths)):
+        assert torch.equal(part, padded[cloud, : lengths[cloud]])
+
+
+def test_without_lengths_every_row_counts():
+    packed = PackedPoints.from_padded(torch.randn(3, 5, 3))
+    assert packed.offsets.tolist() == [0, 5, 10, 15]
+    assert PackedPoints.from_padded(torch.randn(2, 0, 3)).offsets.tolist() == [0, 0, 0]
+    assert len(PackedPoints.from_padded(torch.randn(0, 5, 3))) == 0
+
+
+def test_tokens_pad_with_zeros_and_a_mask():
+    padded, mask = Tokens(torch.arange(6.0).view(3, 2), torch.zeros(3, 3), torch.tensor([0, 1, 1, 3])).to_padded()
+    assert mask.tolist() == [[True, False], [False, False], [True, True]]
+    assert padded[mask].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert float(padded[~mask].abs().sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.randn(4, 2), torch.tensor([0, 4])), r"coord must be \[M, 3\], got \[4, 2\]"),
+        ((torch.randn(4, 3), torch.tensor([0, 4], dtype=torch.int32)), r"offsets must be \[B \+ 1\] int64"),
+        ((torch.randn(4, 3), torch.tensor([0, 4]), torch.randn(3, 2)), r"feats must be \[4, C\], got \[3, 2\]"),
+    ],
+)
+def test_wrong_shapes_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PackedPoints(*arguments)
+
+
+def test_a_batch_moves_whole_but_its_slots_stay_where_the_draws_are_made():
+    points = PackedPoints.from_padded(torch.randn(2, 3, 4))
+    batch = PointBatch(points, torch.tensor([0, 1]), torch.tensor([5, 6]), torch.tensor([1, 3]), 4).to("meta")
+    assert {batch.points.coord.device.type, batch.points.feats.device.type, batch.label.device.type, batch.index.device.type} == {"meta"}
+    assert batch.slot.device.type == "cpu"
+    assert batch.global_size == 4
