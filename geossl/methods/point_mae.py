@@ -91,9 +91,6 @@ class PointMAE(nn.Module):
         self.columns = backbone.config.in_channels if config.feature_weight else 3
         self.head = nn.Linear(dim, self.columns * backbone.config.group_size)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        # Groups are small: with torch's default the first predictions are ten times too large, and in shrinking them AdamW
-        # overwrites the encoder's weights with a few common directions before it learns anything.
-        nn.init.trunc_normal_(self.head.weight, std=0.002)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
