@@ -67,7 +67,7 @@ __device__ __forceinline__ double warp_largest(double d) {
   const long long bits = __double_as_longlong(d);
   const int high = warp_max(static_cast<int>(bits >> 32));
   const unsigned low = warp_max(static_cast<int>(bits >> 32) == high ? static_cast<unsigned>(bits) : 0u);
-  return __longlong_as_double(static_cast<long long>(high) << 32 | low);
+  return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 | low));
 }
 
 template <class V>

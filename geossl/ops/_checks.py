@@ -1,7 +1,7 @@
 """Argument checks shared by the operators. Every message names the operator and the argument, says what came and what to do.
 
-Functions used by the public operators look at shapes, types and devices only, so they are free of device synchronisation and can be traced
-by ``torch.compile``. Those under "values" read data; they run inside the operator: always on the CPU, on CUDA only with ``GEOSSL_CHECKS=1``.
+Functions used by the public operators look at shapes, types and devices only, so they need no device synchronisation and can be traced by
+``torch.compile``. Those under "values" read data; they run inside the operator: always on the CPU, on CUDA only with ``GEOSSL_CHECKS=1``.
 """
 
 from __future__ import annotations
@@ -59,15 +59,18 @@ def same_device(op: str, name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} is on {value.device} but the points are on {like.device}; move one of them")
 
 
-def positive(op: str, name: str, value: Any, zero: str = "") -> int:
+def positive(op: str, name: str, given: Any) -> int:
     """Check a count of at least 1 and return it as an int."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    value = given
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
-            value = operator.index(value)
+            value = None if isinstance(value, bool) else operator.index(value)
         except TypeError:
-            raise TypeError(f"{op}: {name} must be a whole number, got {describe(value)}") from None
+            value = None
+        if value is None:
+            raise TypeError(f"{op}: {name} must be a whole number, got {describe(given)}")
     if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}{zero}")
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
     return value
 
 
@@ -81,7 +84,9 @@ def integers(op: str, name: str, value: Any, size: int, like: Tensor, what: str)
     return value if value.dtype == torch.int64 else value.long()
 
 
-def batching(op: str, value: Tensor, lengths: Tensor | None, offsets: Tensor | None, prefix: str = "") -> tuple[Tensor | None, Tensor | None]:
+def batching(
+    op: str, value: Tensor, lengths: Tensor | None, offsets: Tensor | None, prefix: str = ""
+) -> tuple[Tensor | None, Tensor | None]:
     """Check ``lengths`` or ``offsets`` of one cloud argument, whose coordinates have been checked, and return both as int64 or None."""
     if offsets is not None:
         if lengths is not None:

@@ -34,8 +34,8 @@ def offsets_from_batch(batch: Tensor, size: int | None = None) -> Tensor:
         raise ValueError(f"offsets_from_batch: batch must be int64 or int32 [M], got {_checks.describe(batch)}")
     if bool((batch[1:] < batch[:-1]).any()):
         raise ValueError(
-            "offsets_from_batch: batch must be sorted, since packed clouds are consecutive rows; sort it with torch.argsort(batch, stable=True) "
-            "and reorder the points alike"
+            "offsets_from_batch: batch must be sorted, since packed clouds are consecutive rows; "
+            "sort it with torch.argsort(batch, stable=True) and reorder the points alike"
         )
     first, last = (int(batch[0]), int(batch[-1])) if batch.numel() else (0, -1)
     size = last + 1 if size is None else size

@@ -54,7 +54,9 @@ def _start_values(points: Tensor, sizes: list[int] | int, start: int, starts: Te
         bad = [(b, s, n) for b, (s, n) in enumerate(zip(first, sizes, strict=True)) if n and not 0 <= s < n]
     if bad:
         b, s, n = bad[0]
-        raise ValueError(f"{_OP}: start must be a row of every cloud, but it is {s} for cloud {b}, which has {n} points (rows 0 to {n - 1})")
+        raise ValueError(
+            f"{_OP}: start must be a row of every cloud, but it is {s} for cloud {b}, which has {n} points (rows 0 to {n - 1})"
+        )
 
 
 def _padded_values(points: Tensor, lengths: Tensor | None, start: int, starts: Tensor | None) -> None:
@@ -211,14 +213,18 @@ def farthest_point_sample(
         return _fps_packed(points, offsets, counts, 0, 0.0, first, starts, mask, skip)
     if isinstance(k, float):
         if not 0 < k <= 1:
-            raise ValueError(f"{_OP}: k as a float is the share of points to keep and must lie in (0, 1], got {k}; for a number give an int")
+            raise ValueError(
+                f"{_OP}: k as a float is the share of points to keep and must lie in (0, 1], got {k}; for a number give an int"
+            )
         return _fps_packed(points, offsets, None, 0, k, first, starts, mask, skip)
     return _fps_packed(points, offsets, None, _checks.positive(_OP, "k", k), 0.0, first, starts, mask, skip)
 
 
 def _check_mask(mask: Tensor, points: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != points.shape[:-1]:
-        raise ValueError(f"{_OP}: mask must be bool {list(points.shape[:-1])}, True where a point may be picked; got {_checks.describe(mask)}")
+        raise ValueError(
+            f"{_OP}: mask must be bool {list(points.shape[:-1])}, True where a point may be picked; got {_checks.describe(mask)}"
+        )
     _checks.same_device(_OP, "mask", mask, points)
 
 

@@ -26,7 +26,7 @@ def _check_index_values(features: Tensor, index: Tensor) -> None:
 
 
 def _group_native(kind: Any, features: Tensor, index: Tensor, fill: float) -> Tensor:
-    if features.is_cuda and _checks.read_values(features):
+    if kind == "cuda" and _checks.read_values(features):
         _check_index_values(features, index)
     features, index = features.contiguous(), index.contiguous()
     channels = features.shape[-1]

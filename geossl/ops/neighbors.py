@@ -41,9 +41,7 @@ _knn_c = _dispatch.functions("knn", INT, *_CLOUDS, INT64, DOUBLE, INT, PTR, PTR)
 _ball_c = _dispatch.functions("ball_query", INT, *_CLOUDS, INT64, DOUBLE, PTR, INT, INT, PTR, PTR, PTR)
 # dtype, query, queries, points, n, batch, index, k, grad, order, starts, grad_query, grad_points
 _distance_c = _dispatch.functions("neighbor_distance", INT, PTR, INT64, PTR, INT64, INT64, PTR, INT64, PTR)
-_backward_c = _dispatch.functions(
-    "neighbor_distance_backward", INT, PTR, INT64, PTR, INT64, INT64, PTR, INT64, PTR, PTR, PTR, PTR, PTR
-)
+_backward_c = _dispatch.functions("neighbor_distance_backward", INT, PTR, INT64, PTR, INT64, INT64, PTR, INT64, PTR, PTR, PTR, PTR, PTR)
 
 
 def _clouds(
@@ -150,7 +148,7 @@ _ball_query = _dispatch.define(
 )
 
 
-# Distances with a gradient ---------------------------------------------------------------------------------------------------------------
+# Distances with a gradient ----------------------------------------------------------------------------------------------------------------
 
 
 def _distance_native(kind: Any, query: Tensor, points: Tensor, index: Tensor) -> Tensor:
@@ -204,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("geossl::neighbor_distance", _backward, setup_context=_save, lib=_dispatch.LIBRARY)
 
 
-# Public ------------------------------------------------------------------------------------------------------------------------------------
+# Public -----------------------------------------------------------------------------------------------------------------------------------
 
 
 def _check_clouds(
@@ -224,8 +222,7 @@ def _check_clouds(
     if packed:
         if query_offsets.shape != offsets.shape:  # type: ignore[union-attr]
             raise ValueError(
-                f"{op}: query_offsets and offsets must have the same length B + 1, "
-                f"got {query_offsets.shape[0]} and {offsets.shape[0]}"  # type: ignore[union-attr]
+                f"{op}: query_offsets and offsets must have the same length B + 1, got {query_offsets.shape[0]} and {offsets.shape[0]}"  # type: ignore[union-attr]
             )
     elif query.shape[0] != points.shape[0]:
         raise ValueError(f"{op}: query and points must have the same number of clouds B, got {query.shape[0]} and {points.shape[0]}")

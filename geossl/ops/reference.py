@@ -7,6 +7,7 @@ Same arguments and results as the registered operators. Written to be read and t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def spans(rows: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> list[
     """Return the begin and end of every cloud in ``rows.reshape(-1, C)``: padded ``[B, N, C]`` with lengths, or packed ``[M, C]``."""
     if offsets is not None:
         ends = offsets.tolist()
-        return list(zip(ends[:-1], ends[1:], strict=True))
+        return list(pairwise(ends))
     batch, count = rows.shape[:2]
     sizes = [count] * batch if lengths is None else lengths.tolist()
     return [(b * count, b * count + size) for b, size in enumerate(sizes)]
@@ -81,7 +82,9 @@ def sample_one(cloud: Tensor, k: int, start: int, mask: Tensor | None, min_sq_no
     return picked
 
 
-def fps(points: Tensor, k: int, lengths: Tensor | None, start: int, starts: Tensor | None, mask: Tensor | None, min_sq_norm: float) -> Tensor:
+def fps(
+    points: Tensor, k: int, lengths: Tensor | None, start: int, starts: Tensor | None, mask: Tensor | None, min_sq_norm: float
+) -> Tensor:
     """Padded farthest point sampling."""
     out = torch.full((points.shape[0], k), -1, dtype=torch.int64, device=points.device)
     for b, cloud in enumerate(points):

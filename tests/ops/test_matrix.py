@@ -30,6 +30,13 @@ class Batch:
             self.batching = {"lengths": lengths}
             self.search = {"lengths": lengths, "query_lengths": query_lengths}
 
+    def cuda(self) -> Batch:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.cuda())
+        self.batching, self.search = ({k: v.cuda() for k, v in d.items()} for d in (self.batching, self.search))
+        return self
+
     def rows(self, values: Tensor, sizes: list[int], index: bool = False) -> list[Tensor]:
         """Cut a result with one row per query (or per point) into clouds."""
         if not self.packed:
@@ -39,7 +46,9 @@ class Batch:
 
     def neighbors(self, result: Any) -> list[Tensor]:
         out = [*self.rows(result.index, self.query_sizes, index=True), *self.rows(result.distance, self.query_sizes)]
-        return out + (self.rows(result.count, self.query_sizes) if hasattr(result, "radius") or isinstance(result, ops.BallNeighbors) else [])
+        return out + (
+            self.rows(result.count, self.query_sizes) if hasattr(result, "radius") or isinstance(result, ops.BallNeighbors) else []
+        )
 
 
 def sample(k: int, **fixed: Any) -> Callable[[Batch], list[Tensor]]:
@@ -58,11 +67,8 @@ def sample(k: int, **fixed: Any) -> Callable[[Batch], list[Tensor]]:
 
 
 def sample_masked(b: Batch) -> list[Tensor]:
-    mask = torch.arange(b.points.shape[-2])[..., :] % 3 != 1
-    if b.packed:
-        mask = torch.cat([torch.arange(n) % 3 != 1 for n in b.sizes])
-    else:
-        mask = mask.expand(b.points.shape[:-1])
+    sizes = b.sizes if b.packed else [b.points.shape[1]] * b.count
+    mask = torch.cat([torch.arange(n) % 3 != 1 for n in sizes]).view(b.points.shape[:-1])
     return sample(9, mask=mask, start=torch.tensor([0, 7, 0, 0, 69, 5]).clamp(max=torch.tensor(b.sizes).clamp(min=1) - 1))(b)
 
 
@@ -209,3 +215,17 @@ def test_no_clouds_at_all(inputs, backend, name, form):
     if name != "fps_masked":
         for result in OPERATORS[name](batch):
             assert result.numel() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "fps_masked"])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_a_gpu_gives_what_the_cpu_gives(inputs, kind, name, form):
+    want = OPERATORS[name](make(inputs, kind, form))
+    got = [result.cpu() for result in OPERATORS[name](make(inputs, kind, form).cuda())]
+    if name.startswith("chamfer"):
+        torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
+        assert_same(got[1:], want[1:])
+    else:
+        assert_same(got, want)

@@ -1,0 +1,137 @@
+"""Sizes at which kernels take another path: trees and buckets on the CPU, other launch shapes on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from geossl import ops
+
+LARGE_KINDS = ["uniform", "tracks", "duplicates", "identical", "lattice", "outlier", "invalid", "tiny"]
+
+
+def agree(on_backend, run, backends=("cpu",)):
+    with on_backend("twin"):
+        want = run()
+    for backend in backends:
+        with on_backend(backend):
+            got = run()
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+SEARCHES = {
+    "knn": lambda q, p, reach: ops.knn(q, p, 7),
+    "many": lambda q, p, reach: ops.knn(q, p, 70, radius=2 * reach),
+    "nearest": lambda q, p, reach: ops.ball_query(q, p, reach, 6),
+    "first": lambda q, p, reach: ops.ball_query(q, p, reach, 6, mode="first"),
+    "everything": lambda q, p, reach: ops.ball_query(q, p, float("inf"), 4),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_tree_finds_what_comparing_all_pairs_finds(inputs, kind, name, dtype):
+    """Thousands of queries at once go through a tree; a hundred at a time do not pay for one."""
+    points = inputs.make_cloud(kind, 6000, dtype=dtype)[None]
+    query = torch.cat([points[:, ::40], inputs.make_cloud(kind, 4300, seed=1, dtype=dtype)[None]], dim=1)
+    query[0, 100] = torch.nan
+    reach = {"tiny": 1e-7, "tracks": 0.5}.get(kind, 0.1)
+    together = SEARCHES[name](query, points, reach)
+    parts = [SEARCHES[name](part, points, reach) for part in query.split(100, dim=1)]
+    for whole, pieces in zip(together, zip(*parts, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(pieces, dim=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["uniform", "lattice"])
+def test_a_tree_finds_what_the_twin_finds(inputs, on_backend, kind):
+    points = inputs.make_cloud(kind, 6000)[None]
+    agree(on_backend, lambda: ops.knn(points[:, :4400], points, 5, exclude_self=True))
+    agree(on_backend, lambda: ops.ball_query(points[:, :1500], points, 0.1, 6))
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+def test_sampling_in_buckets(inputs, on_backend, kind):
+    points = inputs.make_cloud(kind, 7000)[None]
+    # A third of the points have distinct places in some kinds; the picks go on through the rest.
+    agree(on_backend, lambda: [ops.farthest_point_sample(points, 1000)])
+    agree(on_backend, lambda: [ops.farthest_point_sample(points.double(), 900, start=55, min_sq_norm=0.2)])
+
+
+def test_sampling_all_of_many_points_is_a_permutation(inputs):
+    for kind in ("lattice", "identical", "uniform"):
+        points = inputs.make_cloud(kind, 20000)
+        picked = ops.farthest_point_sample(points[None], 20000)
+        assert torch.equal(picked[0].sort().values, torch.arange(20000))
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+@pytest.mark.parametrize("norm", ["l2sq", "l1"])
+def test_chamfer_by_tree(inputs, kind, norm):
+    """All points at once pay for a tree, a hundred at a time do not."""
+    x, y = inputs.make_cloud(kind, 6000)[None], inputs.make_cloud(kind, 6100, seed=1)[None]
+    nearest = torch.ops.geossl.chamfer(x, y, None, None, None, None, norm, "x")[1]
+    parts = [torch.ops.geossl.chamfer(part, y, None, None, None, None, norm, "x")[1] for part in x.split(100, dim=1)]
+    assert torch.equal(nearest, torch.cat(parts))
+
+
+def test_nothing_is_quadratic(inputs):
+    """A hundred thousand points, half of them at one place: by comparing all pairs this would take minutes."""
+    points = inputs.make_cloud("duplicates", 100_000)[None]
+    found = ops.knn(points, points, 3)
+    assert torch.equal(found.distance[..., 0], torch.zeros(1, 100_000))
+    ball = ops.ball_query(points, points, 0.01, 3)
+    assert ball.count.max() >= 50_000
+    assert ops.farthest_point_sample(points, 3000).unique().numel() == 3000
+    assert ops.chamfer_distance(points, points) == 0
+
+
+# One for each way a CUDA kernel can be launched.
+@pytest.mark.parametrize(("n", "k", "dtype"), [
+    (129, 40, torch.float32), (513, 5, torch.float32), (2049, 4, torch.float32), (8193, 3, torch.float32), (9000, 3, torch.float32),
+    (513, 5, torch.float64), (2049, 4, torch.float64), (4097, 3, torch.float64),
+])  # fmt: skip
+def test_sampling_variants_on_cuda(inputs, on_backend, n, k, dtype):
+    points = inputs.make_cloud("duplicates", n, dtype=dtype)
+    points[3] = torch.nan
+    offsets = torch.tensor([0, n - 7, n - 7, n])
+    agree(on_backend, lambda: [ops.farthest_point_sample(points[None], k, start=2)], backends=("cpu", "cuda"))
+    agree(on_backend, lambda: ops.farthest_point_sample(points, k, offsets=offsets, min_sq_norm=0.5), backends=("cpu", "cuda"))
+
+
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 127, 128, 129, 300])
+def test_neighbour_variants_on_cuda(inputs, on_backend, k):
+    points = inputs.make_cloud("lattice", 260)[None]
+    agree(on_backend, lambda: ops.knn(points[:, :3], points, k, exclude_self=True), backends=("cpu", "cuda"))
+    agree(on_backend, lambda: ops.ball_query(points[:, :3], points, 2.1, k, fill="repeat"), backends=("cpu", "cuda"))
+
+
+@pytest.mark.parametrize("n", [31, 32, 33, 64, 65, 255, 256, 257])
+def test_chamfer_variants_on_cuda(inputs, on_backend, n):
+    x, y = inputs.make_cloud("uniform", n)[None], inputs.make_cloud("uniform", 70 if n > 64 else 40, seed=1)[None]
+    x[0, 5] = torch.inf
+    results = []
+    for backend in ("twin", "cpu", "cuda"):
+        with on_backend(backend, seed=2):
+            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+            loss = ops.chamfer_distance(a, b, norm="l2")
+            results.append((loss.detach(), *torch.autograd.grad(loss, (a, b))))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-7)
+    assert torch.equal(results[1][1], results[2][1])  # the same order of sums on both devices
+    assert torch.equal(results[1][2], results[2][2])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str)
+def test_group_variants(backend, channels, dtype):
+    """Rows of every width and alignment are moved as they are."""
+    features = torch.randint(0, 2, (2, 9, channels)).to(dtype)
+    index = torch.randint(-1, 9, (2, 3, 4))
+    want = torch.where(index[..., None] < 0, torch.ones((), dtype=dtype), features[torch.arange(2)[:, None, None], index.clamp(min=0)])
+    assert torch.equal(ops.group(features, index, fill=1), want)
+    assert torch.equal(
+        ops.group(features[0], index, fill=1), torch.where(index[..., None] < 0, torch.ones((), dtype=dtype), features[0][index])
+    )
