@@ -40,7 +40,7 @@ class EvaluateConfig:
     """Group-aware resplits, seeds 0 to resplits - 1."""
     layers: tuple[int, ...] = ()
     """Blocks whose normed outputs are read, side by side (negative counts from the end); none given: the last."""
-    pooling: Literal["mean_max", "mean", "max"] = "mean_max"
+    pooling: Literal["mean", "mean_max", "max"] = "mean"
     """How the tokens of an object become one vector."""
     batch_size: int = 32
     """Objects per forward pass."""
