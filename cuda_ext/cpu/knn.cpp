@@ -180,17 +180,39 @@ class BruteForce {
 // Whether building and descending a tree takes less time than comparing all pairs: nanoseconds, measured on one core with AVX-512.
 bool tree_pays(int64_t queries, int64_t n, int64_t k) {
   const auto q = static_cast<double>(queries), points = static_cast<double>(n), kept = static_cast<double>(k);
-  return q * (300 + 0.16 * points) > 45 * points + q * (700 + 40 * kept);
+  return q * (250 + 8 * kept + 0.2 * points) > 30 * points + q * (280 + 22 * kept);
 }
 
+// What one query tells the next one, which is likely to be close to it.
 template <class T>
-void tree_row(const Search<T>& s, const Tree<T>& tree, int64_t cloud_row, int64_t row, int64_t self, int64_t base, Key<T>* best) {
+struct Previous {
+  T at[3];
+  T reach = std::numeric_limits<T>::infinity();  // distance of its k-th neighbour
+
+  // By the triangle inequality the k-th neighbour of q is not further than this; rounding may make it too small.
+  T bound(const T* q) const {
+    const T sum = reach + std::sqrt(squared(q[0] - at[0], q[1] - at[1], q[2] - at[2]));
+    return sum * sum * T(1.0001);
+  }
+};
+
+template <class T>
+void tree_row(const Search<T>& s, const Tree<T>& tree, int64_t cloud_row, int64_t row, int64_t self, int64_t base, Key<T>* best,
+              Previous<T>& previous) {
   const T* q = s.query + 3 * row;
   TreeQuery<T> query{{q[0], q[1], q[2]}, s.limit(row)};
   query.self = self;
   query.by_row = s.first;
   query.count = s.count ? s.count + row : nullptr;
-  const int64_t found = tree.search(query, s.k, best);
+  const T limit = query.limit;
+  if (!s.count) query.limit = std::min(limit, std::max(previous.bound(q), std::numeric_limits<T>::min()));
+  int64_t found = tree.search(query, s.k, best);
+  if (found < s.k && query.limit < limit) {  // fewer are in reach; with k of them, no other can be nearer
+    query.limit = limit;
+    found = tree.search(query, s.k, best);
+  }
+  previous = {{q[0], q[1], q[2]}};
+  if (found == s.k && !s.first) previous.reach = std::sqrt(from_bits<T>(bits_of_key(best[found - 1])));
   if (s.first)
     for (int64_t j = 0; j < found; ++j) {
       const int32_t i = index_of_key(best[j]);
@@ -200,14 +222,15 @@ void tree_row(const Search<T>& s, const Tree<T>& tree, int64_t cloud_row, int64_
   write_row(s, row, best, found, base);
 }
 
-// Queries that lie close together visit the same boxes, so many of them are taken in spatial order.
+// Queries that lie close together visit the same boxes and bound each other, so they are taken in spatial order.
 template <class T>
 void tree_rows(const Search<T>& s, const Tree<T>& tree, int64_t b, int64_t begin, int64_t end) {
   const int64_t cloud_row = s.clouds.begin(b), base = s.clouds.index_base(b), first = s.queries.begin(b), n = end - begin;
   Scratch<Key<T>> keys;
   Key<T>* best = keys.get(s.k);
-  const auto one = [&](int64_t row) { tree_row(s, tree, cloud_row, row, s.exclude_self ? row - first : -1, base, best); };
-  if (n < 4096 || n > kMaxCloud) {
+  Previous<T> previous{};
+  const auto one = [&](int64_t row) { tree_row(s, tree, cloud_row, row, s.exclude_self ? row - first : -1, base, best, previous); };
+  if (n < 64 || n > kMaxCloud) {
     for (int64_t row = begin; row < end; ++row) one(row);
     return;
   }

@@ -16,6 +16,8 @@ from torch import Tensor
 _FULL = (torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 
+LARGEST_CLOUD = 2**31 - 1 - 1024  # rows inside one cloud are counted in 32 bits; batches may be larger
+
 
 def describe(value: Any) -> str:
     """Describe an argument in an error message: type, shape and device of a tensor, the value of anything else."""
@@ -89,6 +91,9 @@ def batching(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check ``lengths`` or ``offsets`` of one cloud argument, whose coordinates have been checked, and return both as int64 or None."""
     if offsets is not None:
+        plain = lengths is None and offsets.__class__ is Tensor and offsets.dtype is torch.int64 and offsets.dim() == 1
+        if plain and offsets.shape[0] > 0 and offsets.device == value.device:
+            return None, offsets  # the usual case, soon over
         if lengths is not None:
             raise ValueError(f"{op}: give {prefix}lengths (padded clouds) or {prefix}offsets (packed clouds), not both")
         if not isinstance(offsets, Tensor) or offsets.dim() != 1 or offsets.shape[0] < 1:
@@ -119,6 +124,8 @@ def offset_values(op: str, offsets: Tensor, rows: int, prefix: str = "") -> Tens
                 f"{op}: {prefix}offsets must start at 0, never decrease, and end at the number of rows ({rows}), got {shown} ending at "
                 f"{values[-1]}; make them with offsets_from_batch, offsets_from_lengths or offsets_from_ends of geossl.ops"
             )
+    if rows > LARGEST_CLOUD and int(offsets.diff().max()) > LARGEST_CLOUD:
+        raise ValueError(f"{op}: a cloud has more than {LARGEST_CLOUD} rows, more than kernels can count; cut it into smaller clouds")
     return offsets.contiguous()
 
 

@@ -51,9 +51,9 @@ def define(
     LIBRARY.define(schema)
 
     def on_cpu(*args: Any) -> Any:
-        if _forced is not None:
-            return twin(*args) if _forced == "twin" else native(_forced, *args)
-        return native("cpu", *args) if _native.available("cpu") else twin(*args)
+        if _forced is None:
+            return native("cpu", *args) if _native.available("cpu") else twin(*args)
+        return twin(*args) if _forced == "twin" else native(_forced, *args)
 
     def on_cuda(*args: Any) -> Any:
         return native("cuda", *args) if _forced != "twin" and _native.available("cuda") else twin(*args)

@@ -62,6 +62,8 @@ def _batching(
     offsets: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Check the values of lengths and offsets and return them contiguous."""
+    if query_lengths is lengths is query_offsets is offsets is None:
+        return None, None, None, None
     if query_lengths is not None:
         query_lengths = _checks.length_values(op, query_lengths, query.shape[-2], "query_")
     if lengths is not None:

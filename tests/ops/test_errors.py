@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from geossl import ops
+from geossl.ops import _checks
 
 P = torch.rand(2, 8, 3)
 F = torch.rand(12, 3)
@@ -112,3 +113,10 @@ def test_offsets():
     assert ops.offsets_from_batch(torch.zeros(0, dtype=torch.int64)).tolist() == [0]
     assert ops.offsets_from_ends(torch.tensor([2, 2, 5])).tolist() == [0, 2, 2, 5]
     assert ops.offsets_from_lengths(torch.tensor([2, 0, 3], dtype=torch.int32)).tolist() == [0, 2, 2, 5]
+
+
+def test_clouds_beyond_32_bits_are_refused(monkeypatch):
+    monkeypatch.setattr(_checks, "LARGEST_CLOUD", 7)
+    with pytest.raises(ValueError, match="a cloud has more than 7 rows"):
+        fps(F, 2, offsets=OFF)
+    assert fps(F, 2, offsets=torch.tensor([0, 6, 12]))[0].shape == (4,)
