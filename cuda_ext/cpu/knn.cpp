@@ -138,7 +138,8 @@ class BruteForce {
     const T* q = s.query + 3 * row;
     all_distances(soa_, padded_, groups_, q[0], q[1], q[2], s.limit(row), distance_, minima_);
     if (self >= 0 && self < n_) leave_out(self);
-    const Bits<T> bound = s.k <= groups_ ? upper_bound_of_kth(minima_, groups_, s.k) : to_bits(std::numeric_limits<T>::max());
+    const bool all = s.k > groups_ || padded_ <= 16;
+    const Bits<T> bound = all ? to_bits(std::numeric_limits<T>::max()) : upper_bound_of_kth(minima_, groups_, s.k);
     const int64_t count = indices_up_to(distance_, padded_, bound, chosen_);
     for (int64_t i = 0; i < count; ++i) keys_[i] = make_key(distance_[chosen_[i]], chosen_[i]);
     write_row(s, row, sorted_, select_smallest(keys_, count, s.k, sorted_), base);

@@ -49,12 +49,12 @@ def _clouds(
     offsets: Tensor | None,
 ) -> tuple[int | None, ...]:  # fmt: skip
     """Return the C arguments that describe contiguous clouds, whose batching has been through :func:`_batching`."""
+    queries, q, n, p = query.shape[-2], query.data_ptr(), points.shape[-2], points.data_ptr()
+    if offsets is None and lengths is None and query_lengths is None:
+        return q, None, None, queries, p, None, None, n, points.shape[0]
     pointer = _dispatch.pointer
-    batch = query.shape[0] if offsets is None else offsets.shape[0] - 1
-    return (
-        query.data_ptr(), pointer(query_offsets), pointer(query_lengths), query.shape[-2],
-        points.data_ptr(), pointer(offsets), pointer(lengths), points.shape[-2], batch,
-    )  # fmt: skip
+    batch = points.shape[0] if offsets is None else offsets.shape[0] - 1
+    return q, pointer(query_offsets), pointer(query_lengths), queries, p, pointer(offsets), pointer(lengths), n, batch
 
 
 def _batching(
