@@ -127,7 +127,7 @@ class _Progress:
             f"data {100 * values['data_wait']:.0f} %  lr {values['lr']:.3g}  ETA {_duration(values['eta'])}"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._task, completed=step, text=text, refresh=True)
         else:
             print(f"step {step}/{self._total}  {text}", flush=True)
 
