@@ -28,6 +28,9 @@ COMMANDS = {
 
 def run(command: str, argv: list[str]) -> int:
     """Run one program and return its exit code; 2 for an error raised on purpose, 130 when interrupted."""
+    # torch's CPU threads spin while they wait, by default; beside any other work on the machine that costs several times the
+    # training itself. Read when torch is loaded, which no program has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = os.environ.get("GEOSSL_DEBUG", "0") not in ("", "0")
     try:
         if command not in COMMANDS:

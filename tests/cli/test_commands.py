@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,19 @@ def test_arguments_and_exit_code_are_passed_on(monkeypatch):
     replace_program(monkeypatch, lambda argv: seen.append(argv) or 7)
     assert cli.main(["doctor", "--json", "file"]) == 7
     assert seen == [["--json", "file"]]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(monkeypatch, before, after):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "restored after the test")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    seen = []
+    replace_program(monkeypatch, lambda argv: seen.append(os.environ["OMP_WAIT_POLICY"]) or 0)
+    cli.main(["doctor"])
+    assert seen == [after]
 
 
 def test_error_of_the_users_is_one_line(monkeypatch, capsys):
