@@ -172,7 +172,7 @@ def model_card(config: FinetuneConfig, classes: list[str]) -> str:
     """What the exported files are, in Markdown."""
     return f"""# {config.task.name} on {config.data.name}, fine-tuned from {config.weights or "random weights"}
 
-Made with [geossl](https://pypi.org/project/geossl).
+Made with geossl.
 
 - classes: {", ".join(classes)}
 - training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
