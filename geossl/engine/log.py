@@ -107,17 +107,20 @@ class Stopwatch:
 
 
 class _Progress:
-    """One live line with rich on a terminal; plain lines, one per log row, anywhere else."""
+    """One live line with rich on a terminal that can redraw it; plain lines, one per log row, anywhere else."""
 
     def __init__(self, start: int, total: int) -> None:
         self._total = total
         self._bar: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        if not sys.stdout.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            self._bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(10), TextColumn("{task.fields[text]}"), refresh_per_second=2
-            )
+        console = Console()
+        if not console.is_dumb_terminal:  # TERM=dumb moves no cursor
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(10), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, console=console, refresh_per_second=2)
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
             self._bar.start()
 

@@ -61,19 +61,29 @@ def test_stopwatch_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.read() == {"samples_per_s": 4.0, "data_wait": 0.0}
 
 
-def test_one_live_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", kind)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     log = RunLog(tmp_path, 0, 100)
     for step in (10, 20):
         log.progress(step, ROW)
     log.close()
-    shown = terminal.getvalue()
+    return terminal.getvalue()
+
+
+def test_one_live_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = progress_on_a_terminal(tmp_path, monkeypatch, "xterm")
     assert "20/100" in shown
     assert "loss 0.5  100 samples/s  data 25 %  lr 0.001  ETA 67 min" in shown
     assert "\r" in shown  # drawn over itself
+
+
+def test_plain_lines_on_a_terminal_that_moves_no_cursor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = progress_on_a_terminal(tmp_path, monkeypatch, "dumb")
+    assert [line.split("  ")[0] for line in shown.splitlines()] == ["step 10/100", "step 20/100"]
