@@ -12,7 +12,7 @@
 
 // Raise it whenever an exported function changes its arguments or meaning, together with ABI_VERSION in
 // geossl/ops/_native.py: a library left over from before is then refused with a clear message.
-#define GEOSSL_ABI_VERSION 1
+#define GEOSSL_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define GEOSSL_API extern "C" __declspec(dllexport)

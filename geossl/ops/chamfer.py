@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from geossl.errors import unknown_name
-from geossl.ops import _checks, _dispatch, reference
+from geossl.ops import _checks, _dispatch
 from geossl.ops._native import INT, INT64, PTR
+from geossl.ops.reference import chamfer as reference
 
 Norm = Literal["l2sq", "l2", "l1"]
 Direction = Literal["both", "x", "y"]

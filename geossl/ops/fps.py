@@ -9,8 +9,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from geossl.ops import _checks, _dispatch, reference
+from geossl.ops import _checks, _dispatch
 from geossl.ops._native import DOUBLE, INT, INT64, PTR
+from geossl.ops.reference import fps as reference
 
 _OP = "farthest_point_sample"
 

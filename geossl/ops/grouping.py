@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geossl.ops import _checks, _dispatch, reference
+from geossl.ops import _checks, _dispatch
 from geossl.ops._native import INT, INT64, PTR
+from geossl.ops.reference import grouping as reference
 
 # row_bytes, features, n, batch, index, entries per cloud, fill row, out
 _group_c = _dispatch.functions("group", INT64, PTR, INT64, INT64, PTR, INT64, PTR, PTR)

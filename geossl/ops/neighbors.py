@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from geossl.errors import unknown_name
-from geossl.ops import _checks, _dispatch, reference
+from geossl.ops import _checks, _dispatch
 from geossl.ops._native import DOUBLE, INT, INT64, PTR
+from geossl.ops.reference import neighbors as reference
 
 
 class Neighbors(NamedTuple):

@@ -25,7 +25,7 @@ def run_driver(mode: str, seed: int) -> None:
     kernels = [
         path for folder, ending in (("cpu", "*.cpp"), ("cuda", "*.cu")) for path in sorted((ROOT / "cuda_ext" / folder).glob(ending))
     ]
-    sources = [HERE / "drive.cpp", *(path for path in kernels if path.stem != "info")]
+    sources = [*sorted(HERE.glob("drive*.cpp")), *(path for path in kernels if path.stem != "info")]
     program = build_host.compile_sources("drive", sources, mode)
     env = dict(os.environ, ASAN_OPTIONS="detect_leaks=1", TSAN_OPTIONS="exitcode=66")
     done = subprocess.run([program, str(seed)], env=env, capture_output=True, text=True, timeout=900)
