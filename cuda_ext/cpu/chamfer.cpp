@@ -1,5 +1,5 @@
 // Chamfer distance on the CPU. Nearest points are found by comparing all pairs, 32 queries at a time, one in each vector lane; in large
-// clouds by a tree.
+// clouds of up to three channels by a tree. Fewer than three channels are three with zeros, which changes no bit of a distance.
 #include <algorithm>
 
 #include "points.h"
@@ -63,14 +63,61 @@ GEOSSL_SIMD void nearest_tile(const double* qx, const double* qy, const double* 
   else nearest_loop<double, false>(qx, qy, qz, p, n, distance, index);
 }
 
-// A cloud as three arrays whose length is rounded up to whole tiles; the rest are copies of NaN.
+// The same for more channels: `q` holds the channels of 16 queries one after the other. Four points at a time share what is loaded of q.
+template <class T, bool kL1>
+GEOSSL_INLINE void nearest_channels_loop(const T* q, const T* points, int64_t n, int64_t channels, T* distance, Bits<T>* index) {
+  using Values = typename Lanes<T>::Values;
+  using Numbers = typename Lanes<T>::Numbers;
+  constexpr int64_t kPoints = 4;
+  Values best = Values{} + std::numeric_limits<T>::infinity();
+  Numbers number = Numbers{} - 1;
+  for (int64_t j = 0; j < n; j += kPoints) {
+    Values sum[kPoints] = {};
+    const T* p[kPoints];
+    for (int64_t i = 0; i < kPoints; ++i) p[i] = points + std::min(j + i, n - 1) * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      Values own;
+      __builtin_memcpy(&own, q + 16 * c, sizeof own);
+      for (int64_t i = 0; i < kPoints; ++i) {
+        const Values d = own - p[i][c];
+        if constexpr (kL1) sum[i] = sum[i] + (d < 0 ? -d : d);
+        else sum[i] = sum[i] + d * d;
+      }
+    }
+    for (int64_t i = 0; i < kPoints; ++i) {  // the last point once more is not closer than itself
+      const auto closer = sum[i] < best;
+      best = closer ? sum[i] : best;
+      number = closer ? Numbers{} + static_cast<Bits<T>>(j + i) : number;
+    }
+  }
+  __builtin_memcpy(distance, &best, sizeof best);
+  __builtin_memcpy(index, &number, sizeof number);
+}
+GEOSSL_SIMD void nearest_channels(const float* q, const float* points, int64_t n, int64_t channels, bool l1, float* distance, int32_t* index) {
+  if (l1) nearest_channels_loop<float, true>(q, points, n, channels, distance, index);
+  else nearest_channels_loop<float, false>(q, points, n, channels, distance, index);
+}
+GEOSSL_SIMD void nearest_channels(const double* q, const double* points, int64_t n, int64_t channels, bool l1, double* distance,
+                                  int64_t* index) {
+  if (l1) nearest_channels_loop<double, true>(q, points, n, channels, distance, index);
+  else nearest_channels_loop<double, false>(q, points, n, channels, distance, index);
+}
+
+// A cloud as three arrays whose length is rounded up to whole tiles; the rest are copies of NaN. With more channels, only the rows.
 template <class T>
 class Cloud {
  public:
-  void load(const T* points, int64_t n) {
+  void load(const T* points, int64_t n, int64_t channels) {
+    size = n, rows = points;
+    if (channels > 3) return;
+    if (channels < 3) {
+      T* wide = wide_.get(3 * n);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < 3; ++c) wide[3 * i + c] = c < channels ? points[i * channels + c] : T(0);
+      rows = points = wide;
+    }
     const int64_t padded = (n + kTile - 1) / kTile * kTile;
     soa = {x_.get(padded), y_.get(padded), z_.get(padded)};
-    size = n, rows = points;
     split_axes(points, n, soa);
     for (T* axis : {soa.x, soa.y, soa.z}) std::fill(axis + n, axis + padded, std::numeric_limits<T>::quiet_NaN());
   }
@@ -79,13 +126,14 @@ class Cloud {
   int64_t size = 0;
 
  private:
-  Scratch<T> x_, y_, z_;
+  Scratch<T> x_, y_, z_, wide_;
 };
 
 template <class T>
 struct Problem {
   const T *x, *y;
   Clouds xs, ys;
+  int64_t channels;
   int norm, direction;
 };
 
@@ -98,6 +146,25 @@ void nearest_rows(const Cloud<T>& own, const Cloud<T>& other, int64_t other_row,
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const int64_t begin = tile * kTile, count = std::min<int64_t>(kTile, own.size - begin);
     nearest_tile(own.soa.x + begin, own.soa.y + begin, own.soa.z + begin, other.soa, other.size, norm == kManhattan, d, index);
+    for (int64_t l = 0; l < count; ++l) {
+      distance[begin + l] = norm == kEuclidean ? std::sqrt(d[l]) : d[l];
+      nearest[begin + l] = index[l] < 0 ? -1 : other_row + index[l];
+    }
+  }
+}
+
+// The same for more than three channels and tiles of 16.
+template <class T>
+void nearest_rows_of_channels(const Cloud<T>& own, const Cloud<T>& other, int64_t channels, int64_t other_row, int norm, int64_t tile0,
+                              int64_t tile1, T* distance, int64_t* nearest) {
+  Scratch<T> scratch;
+  T *q = scratch.get(16 * channels), d[16];
+  Bits<T> index[16];
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const int64_t begin = tile * 16, count = std::min<int64_t>(16, own.size - begin);
+    for (int64_t l = 0; l < 16; ++l)
+      for (int64_t c = 0; c < channels; ++c) q[16 * c + l] = own.rows[(begin + std::min(l, count - 1)) * channels + c];
+    nearest_channels(q, other.rows, other.size, channels, norm == kManhattan, d, index);
     for (int64_t l = 0; l < count; ++l) {
       distance[begin + l] = norm == kEuclidean ? std::sqrt(d[l]) : d[l];
       nearest[begin + l] = index[l] < 0 ? -1 : other_row + index[l];
@@ -149,9 +216,15 @@ struct Memory {
 
 // One direction of one pair; `nearest` points at the first row of the cloud.
 template <class T>
-double one_direction(const Cloud<T>& own, const Cloud<T>& other, int64_t other_row, int norm, int threads, Scratch<T>& scratch, int64_t* nearest) {
+double one_direction(const Cloud<T>& own, const Cloud<T>& other, int64_t channels, int64_t other_row, int norm, int threads,
+                     Scratch<T>& scratch, int64_t* nearest) {
   T* distance = scratch.get(own.size);
-  if (tree_pays(own.size, other.size)) {
+  if (channels > 3) {
+    const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 21) / (4 * channels * std::max<int64_t>(other.size, 1)));
+    parallel_for(threads, (own.size + 15) / 16, grain, [&](int64_t t0, int64_t t1) {
+      nearest_rows_of_channels(own, other, channels, other_row, norm, t0, t1, distance, nearest);
+    });
+  } else if (tree_pays(own.size, other.size)) {
     const Tree<T> tree(other.rows, other.size);
     parallel_for(threads, own.size, 2048, [&](int64_t i0, int64_t i1) { nearest_by_tree(own, tree, other_row, norm, i0, i1, distance, nearest); });
   } else {
@@ -166,7 +239,7 @@ template <class T>
 void forward(const Problem<T>& p, int threads, int64_t* nearest_y, int64_t* nearest_x, T* loss) {
   const int64_t batch = p.xs.batch;
   int64_t pairs = 1;
-  for (int64_t b = 0; b < batch; ++b) pairs += p.xs.size(b) * p.ys.size(b);
+  for (int64_t b = 0; b < batch; ++b) pairs += p.xs.size(b) * p.ys.size(b) * std::max<int64_t>(1, p.channels / 3);
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 20) * batch / pairs);
   // Few pairs of clouds: threads share each of them. Many: they share the batch.
   const int inside = batch < 2 * threads ? threads : 1;
@@ -174,15 +247,15 @@ void forward(const Problem<T>& p, int threads, int64_t* nearest_y, int64_t* near
     Memory<T> memory;
     for (int64_t b = b0; b < b1; ++b) {
       const int64_t x_row = p.xs.begin(b), y_row = p.ys.begin(b);
-      memory.x.load(p.x + 3 * x_row, p.xs.size(b));
-      memory.y.load(p.y + 3 * y_row, p.ys.size(b));
+      memory.x.load(p.x + p.channels * x_row, p.xs.size(b), p.channels);
+      memory.y.load(p.y + p.channels * y_row, p.ys.size(b), p.channels);
       double total = 0;
       if (p.direction != kFromY) {
-        total += one_direction(memory.x, memory.y, y_row, p.norm, inside, memory.distance, nearest_y + x_row);
+        total += one_direction(memory.x, memory.y, p.channels, y_row, p.norm, inside, memory.distance, nearest_y + x_row);
         if (!p.xs.offsets) std::fill(nearest_y + x_row + memory.x.size, nearest_y + x_row + p.xs.stride, int64_t{-1});
       }
       if (p.direction != kFromX) {
-        total += one_direction(memory.y, memory.x, x_row, p.norm, inside, memory.distance, nearest_x + y_row);
+        total += one_direction(memory.y, memory.x, p.channels, x_row, p.norm, inside, memory.distance, nearest_x + y_row);
         if (!p.ys.offsets) std::fill(nearest_x + y_row + memory.y.size, nearest_x + y_row + p.ys.stride, int64_t{-1});
       }
       loss[b] = static_cast<T>(total);
@@ -215,6 +288,31 @@ void add_pulls(const T* own, const T* other, const int64_t* nearest, int64_t n, 
   }
 }
 
+// The same for any number of channels.
+template <class T>
+void add_pulls_of_channels(const T* own, const T* other, int64_t channels, const int64_t* nearest, int64_t n, int64_t other_row, int norm,
+                           T grad, T* grad_own, T* grad_other) {
+  if (channels == 3) return add_pulls(own, other, nearest, n, other_row, norm, grad, grad_own, grad_other);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += nearest[i] >= 0;
+  const T weight = grad / static_cast<T>(std::max<int64_t>(count, 1));
+  for (int64_t i = 0; i < n; ++i) {
+    if (nearest[i] < 0) continue;
+    const int64_t j = nearest[i] - other_row;
+    const T *a = own + channels * i, *b = other + channels * j;
+    T scale = norm == kManhattan ? weight : 2 * weight, square = 0;
+    if (norm == kEuclidean) {
+      for (int64_t c = 0; c < channels; ++c) square += (a[c] - b[c]) * (a[c] - b[c]);
+      scale = square > 0 ? weight / std::sqrt(square) : T(0);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const T d = a[c] - b[c], pull = scale * (norm == kManhattan ? static_cast<T>((d > 0) - (d < 0)) : d);
+      grad_own[channels * i + c] += pull;
+      grad_other[channels * j + c] -= pull;
+    }
+  }
+}
+
 template <class T>
 void backward(const Problem<T>& p, int threads, const int64_t* nearest_y, const int64_t* nearest_x, const T* grad, T* grad_x, T* grad_y) {
   const int64_t batch = p.xs.batch;
@@ -223,12 +321,12 @@ void backward(const Problem<T>& p, int threads, const int64_t* nearest_y, const 
   parallel_for(threads, batch, std::max<int64_t>(1, (int64_t{1} << 17) * batch / rows), [&](int64_t b0, int64_t b1) {
     for (int64_t b = b0; b < b1; ++b) {
       const int64_t x_row = p.xs.begin(b), y_row = p.ys.begin(b), n = p.xs.size(b), m = p.ys.size(b);
-      T *gx = grad_x + 3 * x_row, *gy = grad_y + 3 * y_row;
-      std::fill(gx, gx + 3 * (p.xs.offsets ? n : p.xs.stride), T(0));
-      std::fill(gy, gy + 3 * (p.ys.offsets ? m : p.ys.stride), T(0));
-      const T *x = p.x + 3 * x_row, *y = p.y + 3 * y_row;
-      if (p.direction != kFromY) add_pulls(x, y, nearest_y + x_row, n, y_row, p.norm, grad[b], gx, gy);
-      if (p.direction != kFromX) add_pulls(y, x, nearest_x + y_row, m, x_row, p.norm, grad[b], gy, gx);
+      T *gx = grad_x + p.channels * x_row, *gy = grad_y + p.channels * y_row;
+      std::fill(gx, gx + p.channels * (p.xs.offsets ? n : p.xs.stride), T(0));
+      std::fill(gy, gy + p.channels * (p.ys.offsets ? m : p.ys.stride), T(0));
+      const T *x = p.x + p.channels * x_row, *y = p.y + p.channels * y_row;
+      if (p.direction != kFromY) add_pulls_of_channels(x, y, p.channels, nearest_y + x_row, n, y_row, p.norm, grad[b], gx, gy);
+      if (p.direction != kFromX) add_pulls_of_channels(y, x, p.channels, nearest_x + y_row, m, x_row, p.norm, grad[b], gy, gx);
     }
   });
 }
@@ -238,16 +336,16 @@ void backward(const Problem<T>& p, int threads, const int64_t* nearest_y, const 
 
 // See geossl/ops/chamfer.py for the arguments of both; `nearest` holds the rows found for x, then those for y.
 GEOSSL_API int geossl_chamfer_cpu(int threads, int is_double, const void* x, const int64_t* x_offsets, const int64_t* x_lengths, int64_t n,
-                                  const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m, int64_t batch, int norm,
-                                  int direction, int64_t* nearest, void*, void* loss) {
+                                  const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m, int64_t batch,
+                                  int64_t channels, int norm, int direction, int64_t* nearest, void*, void* loss) {
   using namespace geossl;
   const Clouds xs{x_offsets, x_lengths, batch, n}, ys{y_offsets, y_lengths, batch, m};
-  if (batch < 0 || n < 0 || m < 0) return GEOSSL_INVALID_ARGUMENT;
+  if (batch < 0 || n < 0 || m < 0 || channels < 1) return GEOSSL_INVALID_ARGUMENT;
   if (!clouds_fit(xs) || !clouds_fit(ys)) return GEOSSL_TOO_LARGE;
   return for_type(is_double, [&](auto zero) {
     using T = decltype(zero);
     int64_t* nearest_x = nearest + (direction == kFromY ? 0 : xs.rows());
-    forward(Problem<T>{static_cast<const T*>(x), static_cast<const T*>(y), xs, ys, norm, direction}, threads, nearest, nearest_x,
+    forward(Problem<T>{static_cast<const T*>(x), static_cast<const T*>(y), xs, ys, channels, norm, direction}, threads, nearest, nearest_x,
             static_cast<T*>(loss));
     return int{GEOSSL_OK};
   });
@@ -255,15 +353,15 @@ GEOSSL_API int geossl_chamfer_cpu(int threads, int is_double, const void* x, con
 
 GEOSSL_API int geossl_chamfer_backward_cpu(int threads, int is_double, const void* x, const int64_t* x_offsets, const int64_t* x_lengths,
                                            int64_t n, const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m,
-                                           int64_t batch, int norm, int direction, const int64_t* nearest, const void* grad, const int64_t*,
-                                           const int64_t*, void*, void* grad_x, void* grad_y) {
+                                           int64_t batch, int64_t channels, int norm, int direction, const int64_t* nearest,
+                                           const void* grad, const int64_t*, const int64_t*, void*, void* grad_x, void* grad_y) {
   using namespace geossl;
   const Clouds xs{x_offsets, x_lengths, batch, n}, ys{y_offsets, y_lengths, batch, m};
-  if (batch < 0 || n < 0 || m < 0) return GEOSSL_INVALID_ARGUMENT;
+  if (batch < 0 || n < 0 || m < 0 || channels < 1) return GEOSSL_INVALID_ARGUMENT;
   return for_type(is_double, [&](auto zero) {
     using T = decltype(zero);
     const int64_t* nearest_x = nearest + (direction == kFromY ? 0 : xs.rows());
-    backward(Problem<T>{static_cast<const T*>(x), static_cast<const T*>(y), xs, ys, norm, direction}, threads, nearest, nearest_x,
+    backward(Problem<T>{static_cast<const T*>(x), static_cast<const T*>(y), xs, ys, channels, norm, direction}, threads, nearest, nearest_x,
              static_cast<const T*>(grad), static_cast<T*>(grad_x), static_cast<T*>(grad_y));
     return int{GEOSSL_OK};
   });

@@ -26,7 +26,7 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def points(op: str, name: str, value: Tensor, packed: bool, like: Tensor | None = None) -> Tensor:
+def points(op: str, name: str, value: Tensor, packed: bool, like: Tensor | None = None, any_channels: bool = False) -> Tensor:
     """Check coordinates ``[B, N, 3]`` (packed: ``[M, 3]``) and return them, half precision as float32.
 
     Args:
@@ -35,6 +35,7 @@ def points(op: str, name: str, value: Tensor, packed: bool, like: Tensor | None 
         value: What the caller gave.
         packed: Whether offsets cut the rows into clouds.
         like: Coordinates already checked, whose type and device these must share.
+        any_channels: Take any number of columns, at least 1 and as many as ``like`` has, instead of 3.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of coordinates, got {describe(value)}; convert it with torch.as_tensor")
@@ -42,16 +43,23 @@ def points(op: str, name: str, value: Tensor, packed: bool, like: Tensor | None 
         if value.dtype not in _HALF:
             raise TypeError(f"{op}: {name} must be float32 or float64 (half types are upcast), got {describe(value)}; call {name}.float()")
         value = value.float()
-    if value.dim() != (2 if packed else 3) or value.shape[-1] != 3:
+    rank = 2 if packed else 3
+    if value.dim() != rank or (value.shape[-1] < 1 if any_channels else value.shape[-1] != 3):
+        width = "D" if any_channels else "3"
         if packed:
-            form = "[M, 3] because offsets were given (the packed form)"
+            form = f"[M, {width}] because offsets were given (the packed form)"
         else:
-            form = "[B, N, 3]; a single cloud [N, 3] needs points[None], and packed clouds need their offsets"
-        raise ValueError(f"{op}: {name} must be {form}; got {describe(value)}. Pass coordinates only: points[..., :3]")
+            form = f"[B, N, {width}]; a single cloud [N, {width}] needs points[None], and packed clouds need their offsets"
+        advice = "D is at least 1" if any_channels else "Pass coordinates only: points[..., :3]"
+        raise ValueError(f"{op}: {name} must be {form}; got {describe(value)}. {advice}")
     if like is not None:
         if value.dtype != like.dtype:
             raise TypeError(f"{op}: {name} is {value.dtype} but the other cloud is {like.dtype}; convert one of them")
         same_device(op, name, value, like)
+        if value.shape[-1] != like.shape[-1]:
+            raise ValueError(
+                f"{op}: both clouds must have the same number of channels D, got {like.shape[-1]} and {value.shape[-1]} in {name}"
+            )
     return value
 
 

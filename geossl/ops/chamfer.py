@@ -20,8 +20,8 @@ _NORMS = ("l2sq", "l2", "l1")
 _DIRECTIONS = ("both", "x", "y")
 _REDUCTIONS = ("mean", "sum", "none")
 
-# dtype, x, x_offsets, x_lengths, n, y, y_offsets, y_lengths, m, batch
-_PAIRS = (INT, PTR, PTR, PTR, INT64, PTR, PTR, PTR, INT64, INT64)
+# dtype, x, x_offsets, x_lengths, n, y, y_offsets, y_lengths, m, batch, channels
+_PAIRS = (INT, PTR, PTR, PTR, INT64, PTR, PTR, PTR, INT64, INT64, INT64)
 # pairs, norm, direction, nearest, distances (workspace on CUDA), loss
 _chamfer_c = _dispatch.functions("chamfer", *_PAIRS, INT, INT, PTR, PTR, PTR)
 # pairs, norm, direction, nearest, grad, order and starts (from _dispatch.inverse, on CUDA), weights (workspace on CUDA), grad_x, grad_y
@@ -52,8 +52,12 @@ def _pairs(
     batch = x.shape[0] if x_offsets is None else x_offsets.shape[0] - 1
     return (
         x.dtype == torch.float64, x.data_ptr(), pointer(x_offsets), pointer(x_lengths), x.shape[-2],
-        y.data_ptr(), pointer(y_offsets), pointer(y_lengths), y.shape[-2], batch,
+        y.data_ptr(), pointer(y_offsets), pointer(y_lengths), y.shape[-2], batch, x.shape[-1],
     )  # fmt: skip
+
+
+def _rows(points: Tensor) -> int:
+    return points.shape[0] if points.dim() == 2 else points.shape[0] * points.shape[1]
 
 
 def _chamfer_fake(
@@ -61,7 +65,7 @@ def _chamfer_fake(
     norm: str, direction: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch = x.shape[0] if x_offsets is None else x_offsets.shape[0] - 1
-    rows = (0 if direction == "y" else x.numel() // 3) + (0 if direction == "x" else y.numel() // 3)
+    rows = (0 if direction == "y" else _rows(x)) + (0 if direction == "x" else _rows(y))
     return x.new_empty(batch), x.new_empty(rows, dtype=torch.int64)
 
 
@@ -98,10 +102,10 @@ def _backward_native(
         if x_offsets is not None or max(x.shape[1], y.shape[1]) > _PATCH:
             # Each row gets the pulls of the rows of the other cloud to which it is the nearest, in order. The entries of x come first and
             # name rows of y; in the map, the rows of y come first.
-            x_entries = 0 if direction == "y" else x.numel() // 3
+            x_entries = 0 if direction == "y" else _rows(x)
             target = nearest.clone()
-            target[x_entries:] += torch.where(nearest[x_entries:] < 0, 0, y.numel() // 3)
-            order, starts = _dispatch.inverse(target, 1, (x.numel() + y.numel()) // 3)
+            target[x_entries:] += torch.where(nearest[x_entries:] < 0, 0, _rows(y))
+            order, starts = _dispatch.inverse(target, 1, _rows(x) + _rows(y))
     _backward_c[kind](
         *_dispatch.place(kind, x), *_pairs(x, y, *batching), _NORMS.index(norm), _DIRECTIONS.index(direction), nearest.data_ptr(),
         *map(_dispatch.pointer, (grad, order, starts, weights, grad_x, grad_y)),
@@ -199,11 +203,12 @@ def chamfer_distance(
       directions of mean squared distances, not halved;
     * ``norm="l2"`` is the sum of both directions of mean Euclidean distances; the published "cdl1" is half of it,
       ``0.5 * chamfer_distance(x, y, norm="l2")``;
-    * ``norm="l1"`` measures ``|dx| + |dy| + |dz|``, also to choose the nearest point, as pytorch3d's ``norm=1``. It is not "cdl1".
+    * ``norm="l1"`` measures ``|dx| + |dy| + ...``, also to choose the nearest point, as pytorch3d's ``norm=1``. It is not "cdl1".
 
     Args:
-        x: First clouds, ``[B, N, 3]``, float32 or float64 (half types are upcast to float32, also under autocast).
-        y: Second clouds, ``[B, M, 3]``, same type and device.
+        x: First clouds, ``[B, N, D]``, float32 or float64 (half types are upcast to float32, also under autocast). D is any number of
+            channels, at least 1: the distance is over all of them, summed from left to right.
+        y: Second clouds, ``[B, M, D]``, same type and device.
         x_lengths: Points in each cloud of ``x``, ``[B]``; None means N.
         y_lengths: Points in each cloud of ``y``, ``[B]``; None means M.
         norm: Distance between two points.
@@ -224,8 +229,8 @@ def chamfer_distance(
         tensor(21.5000)
     """
     op = "chamfer_distance"
-    x = _checks.points(op, "x", x, False)
-    y = _checks.points(op, "y", y, False, like=x)
+    x = _checks.points(op, "x", x, False, any_channels=True)
+    y = _checks.points(op, "y", y, False, like=x, any_channels=True)
     if x_lengths is not None:
         x_lengths, _ = _checks.batching(op, x, x_lengths, None, "x_")
     if y_lengths is not None:
@@ -247,9 +252,9 @@ def chamfer_distance_packed(
     """Chamfer distance between packed clouds; see :func:`chamfer_distance`, with which it agrees bit for bit.
 
     Args:
-        x: Rows of the first clouds, ``[Mx, 3]``.
+        x: Rows of the first clouds, ``[Mx, D]``.
         x_offsets: First row of each cloud and the end, ``[B + 1]``.
-        y: Rows of the second clouds, ``[My, 3]``.
+        y: Rows of the second clouds, ``[My, D]``.
         y_offsets: First row of each cloud and the end, ``[B + 1]``.
         norm: Distance between two points, see :func:`chamfer_distance`.
         direction: "both", "x" or "y", see :func:`chamfer_distance`.
@@ -260,8 +265,8 @@ def chamfer_distance_packed(
         A scalar or ``[B]``; differentiable as :func:`chamfer_distance`.
     """
     op = "chamfer_distance_packed"
-    x = _checks.points(op, "x", x, True)
-    y = _checks.points(op, "y", y, True, like=x)
+    x = _checks.points(op, "x", x, True, any_channels=True)
+    y = _checks.points(op, "y", y, True, like=x, any_channels=True)
     _, x_offsets = _checks.batching(op, x, None, x_offsets, "x_")  # type: ignore[assignment]
     _, y_offsets = _checks.batching(op, y, None, y_offsets, "y_")  # type: ignore[assignment]
     return _distance(op, x, y, None, None, x_offsets, y_offsets, norm, direction, reduction, weights)
@@ -283,8 +288,8 @@ def chamfer_distance_patches(
     ``0.5 * chamfer_distance_patches(x, y, norm="l2")`` is "cdl1".
 
     Args:
-        x: Patches, ``[..., K1, 3]``, for instance ``[P, 32, 3]``.
-        y: Patches, ``[..., K2, 3]`` with the same leading dimensions; K2 may differ from K1.
+        x: Patches, ``[..., K1, D]``, for instance ``[P, 32, 3]``.
+        y: Patches, ``[..., K2, D]`` with the same leading dimensions; K2 may differ from K1.
         norm: Distance between two points, see :func:`chamfer_distance`.
         direction: "both", "x" or "y", see :func:`chamfer_distance`.
         reduction: Over patches: "mean", "sum", or "none" for a result of the leading dimensions.
@@ -295,15 +300,15 @@ def chamfer_distance_patches(
     """
     op = "chamfer_distance_patches"
     for name, cloud in (("x", x), ("y", y)):
-        if not isinstance(cloud, Tensor) or cloud.dim() < 3 or cloud.shape[-1] != 3:
-            raise ValueError(f"{op}: {name} must be [..., K, 3] with at least one leading dimension, got {_checks.describe(cloud)}")
+        if not isinstance(cloud, Tensor) or cloud.dim() < 3:
+            raise ValueError(f"{op}: {name} must be [..., K, D] with at least one leading dimension, got {_checks.describe(cloud)}")
     leading = x.shape[:-2]
     if y.shape[:-2] != leading:
         raise ValueError(f"{op}: x and y must have the same leading dimensions, got {list(x.shape)} and {list(y.shape)}")
     if x.dim() > 3:
         x, y = x.flatten(0, -3), y.flatten(0, -3)
         weights = weights.flatten() if isinstance(weights, Tensor) and weights.shape == leading else weights
-    x = _checks.points(op, "x", x, False)
-    y = _checks.points(op, "y", y, False, like=x)
+    x = _checks.points(op, "x", x, False, any_channels=True)
+    y = _checks.points(op, "y", y, False, like=x, any_channels=True)
     loss = _distance(op, x, y, None, None, None, None, norm, direction, reduction, weights)
     return loss.view(leading) if reduction == "none" and len(leading) > 1 else loss

@@ -14,10 +14,10 @@ BOTH(group_backward, int, const void*, int64_t, int64_t, int64_t, const int64_t*
 BOTH(neighbor_distance, int, const void*, int64_t, const void*, int64_t, int64_t, const int64_t*, int64_t, void*);
 BOTH(neighbor_distance_backward, int, const void*, int64_t, const void*, int64_t, int64_t, const int64_t*, int64_t, const void*,
      const int64_t*, const int64_t*, void*, void*);
-BOTH(chamfer, int, const void*, const int64_t*, const int64_t*, int64_t, const void*, const int64_t*, const int64_t*, int64_t, int64_t, int,
-     int, int64_t*, void*, void*);
+BOTH(chamfer, int, const void*, const int64_t*, const int64_t*, int64_t, const void*, const int64_t*, const int64_t*, int64_t, int64_t,
+     int64_t, int, int, int64_t*, void*, void*);
 BOTH(chamfer_backward, int, const void*, const int64_t*, const int64_t*, int64_t, const void*, const int64_t*, const int64_t*, int64_t,
-     int64_t, int, int, const int64_t*, const void*, const int64_t*, const int64_t*, void*, void*, void*);
+     int64_t, int64_t, int, int, const int64_t*, const void*, const int64_t*, const int64_t*, void*, void*, void*);
 
 namespace {
 
@@ -117,18 +117,20 @@ void gather(int64_t channels, const char* what) {
 }
 
 template <class T>
-void chamfer(int64_t n, int64_t m, int norm, int direction, const char* what) {
+void chamfer(int64_t n, int64_t m, int64_t channels, int norm, int direction, const char* what) {
   const int is_double = sizeof(T) == 8;
   const int64_t batch = 3, x_lengths[] = {n, 0, n - 1}, x_rows = batch * n, y_rows = batch * m;
   const int64_t x_entries = direction == 2 ? 0 : x_rows, entries = x_entries + (direction == 1 ? 0 : y_rows);
-  const std::vector<T> x = points<T>(x_rows), y = points<T>(y_rows), grad{T(1), T(2), T(3)};
+  std::vector<T> x = points<T>(x_rows * channels), y = points<T>(y_rows * channels);
+  x.resize(static_cast<size_t>(x_rows * channels)), y.resize(static_cast<size_t>(y_rows * channels));
+  const std::vector<T> grad{T(1), T(2), T(3)};
   std::vector<int64_t> nearest[2], target, order, starts;
   std::vector<T> loss[2], gx[2], gy[2], distance(static_cast<size_t>(entries)), weights(2 * batch);
   for (bool cuda : kOnCuda) {
     nearest[cuda].assign(static_cast<size_t>(entries), -7), loss[cuda].assign(batch, T(-7));
-    check(0 == (cuda ? geossl_chamfer_cuda(0, nullptr, is_double, x.data(), nullptr, x_lengths, n, y.data(), nullptr, nullptr, m, batch, norm,
+    check(0 == (cuda ? geossl_chamfer_cuda(0, nullptr, is_double, x.data(), nullptr, x_lengths, n, y.data(), nullptr, nullptr, m, batch, channels, norm,
                                            direction, nearest[1].data(), distance.data(), loss[1].data())
-                     : geossl_chamfer_cpu(2, is_double, x.data(), nullptr, x_lengths, n, y.data(), nullptr, nullptr, m, batch, norm, direction,
+                     : geossl_chamfer_cpu(2, is_double, x.data(), nullptr, x_lengths, n, y.data(), nullptr, nullptr, m, batch, channels, norm, direction,
                                           nearest[0].data(), nullptr, loss[0].data())),
           what);
   }
@@ -142,9 +144,9 @@ void chamfer(int64_t n, int64_t m, int norm, int direction, const char* what) {
   for (bool cuda : kOnCuda) {
     gx[cuda].assign(x.size(), T(-7)), gy[cuda].assign(y.size(), T(-7));
     check(0 == (cuda ? geossl_chamfer_backward_cuda(0, nullptr, is_double, x.data(), nullptr, x_lengths, n, y.data(), nullptr, nullptr, m, batch,
-                                                    norm, direction, nearest[1].data(), grad.data(), patch ? nullptr : order.data(),
+                                                    channels, norm, direction, nearest[1].data(), grad.data(), patch ? nullptr : order.data(),
                                                     patch ? nullptr : starts.data(), weights.data(), gx[1].data(), gy[1].data())
-                     : geossl_chamfer_backward_cpu(2, is_double, x.data(), nullptr, x_lengths, n, y.data(), nullptr, nullptr, m, batch, norm,
+                     : geossl_chamfer_backward_cpu(2, is_double, x.data(), nullptr, x_lengths, n, y.data(), nullptr, nullptr, m, batch, channels, norm,
                                                    direction, nearest[0].data(), grad.data(), nullptr, nullptr, nullptr, gx[0].data(),
                                                    gy[0].data())),
           what);
@@ -165,8 +167,11 @@ void small() {
   search<T>(3, 300, 200, kInfinity, "neighbours, k = 200");
   for (int64_t channels : {1, 2, 3, 4}) gather<T>(channels, "group");
   for (int norm : {0, 1, 2})
-    for (int direction : {0, 1, 2}) chamfer<T>(17, 33, norm, direction, "chamfer of patches");
-  chamfer<T>(130, 270, 0, 0, "chamfer, tiled");
+    for (int direction : {0, 1, 2}) chamfer<T>(17, 33, 3, norm, direction, "chamfer of patches");
+  chamfer<T>(130, 270, 3, 0, 0, "chamfer, tiled");
+  for (int64_t channels : {1, 2, 4, 5, 40})
+    for (int norm : {0, 1, 2}) chamfer<T>(70, 9, channels, norm, 0, "chamfer of other numbers of channels");
+  chamfer<T>(9, 33, 4, 1, 2, "chamfer of patches of four channels");
 }
 
 // Large enough for the tree and the buckets of the CPU kernels; two threads must give what one gives.
@@ -184,7 +189,7 @@ void large() {
                               index[t].data()), "large knn");
     check(0 == geossl_fps_cpu(threads, 0, p.data(), nullptr, nullptr, 1, n, nullptr, picks, 0, nullptr, nullptr, -1, nullptr, picked[t].data()),
           "large fps");
-    check(0 == geossl_chamfer_cpu(threads, 0, p.data(), nullptr, nullptr, n, p.data() + 3, nullptr, nullptr, n - 1, 1, 0, 0, nearest[t].data(),
+    check(0 == geossl_chamfer_cpu(threads, 0, p.data(), nullptr, nullptr, n, p.data() + 3, nullptr, nullptr, n - 1, 1, 3, 0, 0, nearest[t].data(),
                                   nullptr, &loss[t]), "large chamfer");
   }
   check(equal(index[0], index[1]) && equal(distance[0], distance[1]) && equal(picked[0], picked[1]) && equal(nearest[0], nearest[1]) &&

@@ -83,7 +83,10 @@ CASES = [
     (lambda: chamfer(P, P, x_lengths=torch.tensor([9, 1])), ValueError, "x_lengths must lie between 0 and 8"),
     (lambda: packed(F, OFF, F, OFF[:2]), ValueError, "same number of clouds"),
     (lambda: packed(F, OFF, F, OFF + 1), ValueError, "chamfer_distance_packed: y_offsets must start at 0"),
-    (lambda: patches(F, F), ValueError, r"x must be \[..., K, 3\] with at least one leading dimension"),
+    (lambda: patches(F, F), ValueError, r"x must be \[..., K, D\] with at least one leading dimension"),
+    (lambda: chamfer(P, P[..., :2]), ValueError, "must have the same number of channels D, got 3 and 2 in y"),
+    (lambda: chamfer(P[..., :0], P[..., :0]), ValueError, r"x must be \[B, N, D\].*D is at least 1"),
+    (lambda: packed(P, OFF, F, OFF), ValueError, r"x must be \[M, D\] because offsets were given"),
     (lambda: patches(P, P[:1]), ValueError, "same leading dimensions"),
     # Offsets.
     (lambda: ops.offsets_from_batch(torch.tensor([0, 1, 0])), ValueError, "batch must be sorted"),

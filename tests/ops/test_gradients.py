@@ -38,6 +38,17 @@ CASES = {
         for norm in ("l2sq", "l2", "l1")
         for direction in ("both", "x", "y")
     },
+    **{
+        f"chamfer_{norm}_{channels}_channels": (
+            lambda x, y, n=norm: ops.chamfer_distance(x, y, x_lengths=torch.tensor([5, 0, 3]), norm=n, reduction="none"),
+            lambda c=channels: (double(3, 6, c), double(3, 4, c)),
+        )
+        for norm, channels in (("l2sq", 1), ("l2", 4), ("l1", 5))
+    },
+    "chamfer_many_points_of_five_channels": (  # too many for the patches of a GPU
+        lambda x, y: ops.chamfer_distance(torch.cat([x] * 11, dim=1) + torch.arange(66, dtype=x.dtype)[:, None], y, norm="l2"),
+        lambda: (double(1, 6, 5), double(1, 3, 5)),
+    ),
     "chamfer_packed": (
         lambda x, y: ops.chamfer_distance_packed(x, torch.tensor([0, 4, 4, 9]), y, torch.tensor([0, 3, 5, 8]), reduction="sum"),
         lambda: (double(9, 3), double(8, 3)),

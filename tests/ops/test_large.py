@@ -108,9 +108,12 @@ def test_neighbour_variants_on_cuda(inputs, on_backend, k):
     agree(on_backend, lambda: ops.ball_query(points[:, :3], points, 2.1, k, fill="repeat"), backends=("cpu", "cuda"))
 
 
-@pytest.mark.parametrize("n", [31, 32, 33, 64, 65, 255, 256, 257])
-def test_chamfer_variants_on_cuda(inputs, on_backend, n):
-    x, y = inputs.make_cloud("uniform", n)[None], inputs.make_cloud("uniform", 70 if n > 64 else 40, seed=1)[None]
+@pytest.mark.parametrize(
+    ("n", "channels"), [*((n, 3) for n in (31, 32, 33, 64, 65, 255, 256, 257)), (40, 1), (33, 4), (33, 5), (70, 2), (257, 4), (65, 33)]
+)
+def test_chamfer_variants_on_cuda(inputs, on_backend, n, channels):
+    sizes = {0: n, 1: 70 if n > 64 else 40}
+    x, y = (torch.rand(1, m, channels, generator=torch.Generator().manual_seed(seed)) for seed, m in sizes.items())
     x[0, 5] = torch.inf
     results = []
     for backend in ("twin", "cpu", "cuda"):

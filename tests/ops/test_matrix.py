@@ -72,11 +72,15 @@ def sample_masked(b: Batch) -> list[Tensor]:
     return sample(9, mask=mask, start=torch.tensor([0, 7, 0, 0, 69, 5]).clamp(max=torch.tensor(b.sizes).clamp(min=1) - 1))(b)
 
 
-def chamfer(norm: str, direction: str) -> Callable[[Batch], list[Tensor]]:
+def chamfer(norm: str, direction: str, channels: int = 3) -> Callable[[Batch], list[Tensor]]:
+    def widened(points: Tensor) -> Tensor:
+        """The coordinates again and again, until there are enough channels; another sign each time."""
+        return torch.cat([points * (-1) ** i for i in range(-(-channels // 3))], dim=-1)[..., :channels]
+
     def run(b: Batch) -> list[Tensor]:
         batching = [None if b.packed else b.batching["lengths"], None if b.packed else b.search["query_lengths"]]
         offsets = [b.offsets, b.query_offsets] if b.packed else [None, None]
-        loss, nearest = torch.ops.geossl.chamfer(b.points, b.query, *batching, *offsets, norm, direction)
+        loss, nearest = torch.ops.geossl.chamfer(widened(b.points), widened(b.query), *batching, *offsets, norm, direction)
         # Row numbers to numbers within the other cloud.
         entries = 0 if direction == "y" else b.points.numel() // 3
         sides = [(nearest[:entries], b.sizes, b.query), (nearest[entries:], b.query_sizes, b.points)]
@@ -119,6 +123,10 @@ OPERATORS: dict[str, Callable[[Batch], list[Tensor]]] = {
     "chamfer_l2_from_x": chamfer("l2", "x"),
     "chamfer_l1_from_y": chamfer("l1", "y"),
     "chamfer_l1": chamfer("l1", "both"),
+    "chamfer_one_channel": chamfer("l2sq", "both", 1),
+    "chamfer_two_channels_l1": chamfer("l1", "x", 2),
+    "chamfer_four_channels_l2": chamfer("l2", "both", 4),
+    "chamfer_forty_channels": chamfer("l2sq", "y", 40),
 }
 
 

@@ -57,7 +57,10 @@ def samples() -> dict[str, list[tuple]]:
             (flat, flat[:5].clone().requires_grad_(), None, None, offsets, ends, "l1", "x"),
             (empty, empty, None, None, None, None, "l2sq", "y"),
         ],
-        "chamfer_plain": [(x, y, lengths, None, None, None, "l2sq", "both")],
+        "chamfer_plain": [
+            (torch.rand(2, 6, 5), torch.rand(2, 3, 5), None, None, None, None, "l1", "both"),
+            (x, y, lengths, None, None, None, "l2sq", "both"),
+        ],
         "chamfer_backward": [(torch.rand(2), x, y, rows, None, None, None, None, "l2sq", "both")],
     }
 

@@ -9,7 +9,7 @@ from geossl.ops.reference.clouds import CHUNK, cloud_pairs, distance
 
 
 def _nearest(query: Tensor, cloud: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Distance ``[Q]`` to the nearest row of ``cloud [n, 3]`` and its number, -1 where there is none."""
+    """Distance ``[Q]`` to the nearest row of ``cloud [n, D]`` and its number, -1 where there is none."""
     best = query.new_full((query.shape[0],), torch.inf)
     index = torch.full((query.shape[0],), -1, dtype=torch.int64, device=query.device)
     n = cloud.shape[0]
@@ -32,9 +32,9 @@ def chamfer(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the loss of every pair of clouds ``[B]``, and the nearest row of ``y`` for each row of ``x``, followed by the reverse.
 
-    Rows are numbered as in ``reshape(-1, 3)``, -1 for none; a direction that is not asked for has no entries.
+    Rows are numbered as in ``reshape(-1, D)``, -1 for none; a direction that is not asked for has no entries.
     """
-    x_rows, y_rows = x.reshape(-1, 3), y.reshape(-1, 3)
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     x_entries, y_entries = (0 if direction == "y" else x_rows.shape[0]), (0 if direction == "x" else y_rows.shape[0])
     both = torch.full((x_entries + y_entries,), -1, dtype=torch.int64, device=x.device)
     nearest_y, nearest_x = both.split([x_entries, y_entries])
@@ -64,7 +64,7 @@ def _cloud_of_row(rows: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def _pull(grad: Tensor, rows: Tensor, others: Tensor, index: Tensor, cloud: Tensor, norm: str) -> Tensor:
-    """Gradient of the mean distance to the matched rows with respect to ``rows``, ``[R, 3]``."""
+    """Gradient of the mean distance to the matched rows with respect to ``rows``, ``[R, D]``."""
     found = index >= 0
     count = torch.zeros_like(grad).index_add(0, cloud, found.to(grad.dtype))
     weight = (grad / count.clamp(min=1))[cloud, None]
@@ -83,7 +83,7 @@ def chamfer_backward(
     y_offsets: Tensor | None, norm: str, direction: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`chamfer` with respect to both clouds; differentiable once more."""
-    x_rows, y_rows = x.reshape(-1, 3), y.reshape(-1, 3)
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     grad_x, grad_y = torch.zeros_like(x_rows), torch.zeros_like(y_rows)
     x_entries = 0 if direction == "y" else x_rows.shape[0]
     nearest_y, nearest_x = nearest[:x_entries], nearest[x_entries:]

@@ -13,16 +13,22 @@ CHUNK = 1 << 22  # pairs of points held in memory at once
 def squared_distance(x: Tensor, y: Tensor) -> Tensor:
     """Squared Euclidean distance over the last dimension, in the one order of operations that all kernels share."""
     d = x - y
-    square = d * d
-    return (square[..., 0] + square[..., 1]) + square[..., 2]
+    return _sum_channels(d * d)
+
+
+def _sum_channels(values: Tensor) -> Tensor:
+    """Sum over the last dimension from left to right: for three channels ``(v0 + v1) + v2``."""
+    first, *rest = values.unbind(-1)
+    for channel in rest:
+        first = first + channel
+    return first
 
 
 def distance(x: Tensor, y: Tensor, norm: str) -> Tensor:
     """Distance over the last dimension: "l2sq", or "l1" (sum of absolute differences)."""
     if norm != "l1":
         return squared_distance(x, y)
-    d = (x - y).abs()
-    return (d[..., 0] + d[..., 1]) + d[..., 2]
+    return _sum_channels((x - y).abs())
 
 
 def spans(rows: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> list[tuple[int, int]]:
