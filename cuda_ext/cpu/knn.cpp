@@ -226,26 +226,14 @@ void tree_row(const Search<T>& s, const Tree<T>& tree, int64_t cloud_row, int64_
 // Queries that lie close together visit the same boxes and bound each other, so they are taken in spatial order.
 template <class T>
 void tree_rows(const Search<T>& s, const Tree<T>& tree, int64_t b, int64_t begin, int64_t end) {
-  const int64_t cloud_row = s.clouds.begin(b), base = s.clouds.index_base(b), first = s.queries.begin(b), n = end - begin;
+  const int64_t cloud_row = s.clouds.begin(b), base = s.clouds.index_base(b), first = s.queries.begin(b);
   Scratch<Key<T>> keys;
   Key<T>* best = keys.get(s.k);
   Previous<T> previous{};
-  const auto one = [&](int64_t row) { tree_row(s, tree, cloud_row, row, s.exclude_self ? row - first : -1, base, best, previous); };
-  if (n < 64 || n > kMaxCloud) {
-    for (int64_t row = begin; row < end; ++row) one(row);
-    return;
-  }
-  Scratch<T> x, y, z;
-  Scratch<int32_t> valid, order;
-  const Soa<T> loaded{x.get(n + 1), y.get(n + 1), z.get(n + 1)};
-  int32_t *numbers = valid.get(n + 1), *sorted = order.get(n);
-  const int64_t count = load_valid(s.query + 3 * begin, n, loaded, numbers);
-  spatial_order(loaded, count, kLeafSize, sorted);
-  for (int64_t i = 0, next = 0; i < n; ++i) {  // the invalid ones, which find nothing
-    if (next < count && numbers[next] == i) ++next;
-    else one(begin + i);
-  }
-  for (int64_t i = 0; i < count; ++i) one(begin + numbers[sorted[i]]);
+  in_spatial_order(s.query + 3 * begin, end - begin, [&](int64_t i) {
+    const int64_t row = begin + i;
+    tree_row(s, tree, cloud_row, row, s.exclude_self ? row - first : -1, base, best, previous);
+  });
 }
 
 // --------------------------------------------------------------------------------------------------------------------------------------

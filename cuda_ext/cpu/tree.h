@@ -62,4 +62,24 @@ class Tree {
   Scratch<int32_t> row_;
 };
 
+// Calls f(i) once for each of n rows: the invalid ones, then the others in spatial order, in which consecutive queries visit the same boxes.
+template <class T, class F>
+void in_spatial_order(const T* rows, int64_t n, F&& f) {
+  if (n < 64 || n > kMaxCloud) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+  Scratch<T> x, y, z;
+  Scratch<int32_t> valid, order;
+  const Soa<T> loaded{x.get(n + 1), y.get(n + 1), z.get(n + 1)};
+  int32_t *numbers = valid.get(n + 1), *sorted = order.get(n);
+  const int64_t count = load_valid(rows, n, loaded, numbers);
+  spatial_order(loaded, count, kLeafSize, sorted);
+  for (int64_t i = 0, next = 0; i < n; ++i) {
+    if (next < count && numbers[next] == i) ++next;
+    else f(i);
+  }
+  for (int64_t i = 0; i < count; ++i) f(int64_t{numbers[sorted[i]]});
+}
+
 }  // namespace geossl

@@ -11,10 +11,12 @@ from geossl.ops.chamfer import chamfer_distance, chamfer_distance_packed, chamfe
 from geossl.ops.fps import farthest_point_sample
 from geossl.ops.grouping import group
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
+from geossl.ops.radius import RadiusNeighbors, radius_search
 
 __all__ = [
     "BallNeighbors",
     "Neighbors",
+    "RadiusNeighbors",
     "ball_query",
     "chamfer_distance",
     "chamfer_distance_packed",
@@ -26,4 +28,5 @@ __all__ = [
     "offsets_from_batch",
     "offsets_from_ends",
     "offsets_from_lengths",
+    "radius_search",
 ]

@@ -68,6 +68,12 @@ CASES = [
     (lambda: ball(P, P, torch.ones(2, 7), 2), ValueError, r"one radius per query, \[2, 8\]"),
     (lambda: ball(P, P, 0.5, 2, mode="neerest"), ValueError, "unknown ball_query mode 'neerest'; did you mean 'nearest'"),
     (lambda: ball(P, P, 0.5, 2, fill="zero"), ValueError, "unknown ball_query fill"),
+    (lambda: ops.radius_search(P, P, 0), ValueError, "radius_search: radius must be positive"),
+    (lambda: ops.radius_search(P, P, "1"), TypeError, "radius_search: radius must be a number"),
+    (lambda: ops.radius_search(P, P, torch.zeros(2, 8)), ValueError, "radius_search: radius must be positive for every query, got 0"),
+    (lambda: ops.radius_search(P, P, torch.ones(2)), ValueError, r"one radius per query, \[2, 8\]"),
+    (lambda: ops.radius_search(P, F, 1.0), ValueError, r"points must be \[B, N, 3\]"),
+    (lambda: ops.radius_search(P, P, 1.0, lengths=torch.tensor([1, 9])), ValueError, "radius_search: lengths must lie between 0 and 8"),
     # Groups.
     (lambda: group(P[0, 0], torch.tensor([0])), ValueError, "features must be"),
     (lambda: group(F, torch.tensor([0.0])), TypeError, "index must be an int64 or int32 tensor"),

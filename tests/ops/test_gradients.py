@@ -26,6 +26,11 @@ CASES = {
         lambda q, p: found(ops.ball_query(q, p, 0.7, 3, fill="repeat", **LENGTHS).distance),
         lambda: (double(3, 4, 3), double(3, 7, 3)),
     ),
+    "radius_search": (
+        lambda q, p: ops.radius_search(q, p, 0.8, exclude_self=True, **LENGTHS).distance,
+        lambda: (double(3, 4, 3), double(3, 7, 3)),
+    ),
+    "radius_search_packed": (lambda q, p: ops.radius_search(q, p, 0.8, **OFFSETS).distance, lambda: (double(9, 3), double(10, 3))),
     "group": (lambda f: ops.group(f, torch.tensor([[0, 1, -1, 1], [4, 4, 4, 0]]), fill=3.0), lambda: (double(2, 5, 3),)),
     "group_packed": (lambda f: ops.group(f, torch.tensor([[0, 1, -1], [4, 4, 0]])), lambda: (double(5, 3),)),
     **{

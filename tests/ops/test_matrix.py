@@ -96,6 +96,26 @@ def chamfer(norm: str, direction: str, channels: int = 3) -> Callable[[Batch], l
     return run
 
 
+def radius(radius: float, **options: Any) -> Callable[[Batch], list[Tensor]]:
+    """Counts, indices and distances of every cloud."""
+
+    def run(b: Batch) -> list[Tensor]:
+        given = torch.nan_to_num(b.query[..., 0].abs(), 1, 1, 1) + 0.1 if radius == 0 else radius
+        found = ops.radius_search(b.query, b.points, given, **options, **b.search)
+        assert len(found.index) == len(found.distance) == found.row_splits[-1]
+        starts = b.query_offsets[:-1] if b.packed else torch.arange(b.count) * b.query.shape[1]
+        out = []
+        for cloud, (start, n) in enumerate(zip(starts.tolist(), b.query_sizes, strict=True)):
+            splits = found.row_splits[start : start + n + 1]
+            part = slice(int(splits[0]), int(splits[-1]))
+            base = b.offsets[cloud] if b.packed else 0
+            out += [splits.diff(), found.index[part] - base, found.distance[part]]
+        assert sum(len(index) for index in out[1::3]) == len(found.index)  # rows of padding have none
+        return out
+
+    return run
+
+
 def group(b: Batch) -> list[Tensor]:
     index = ops.knn(b.query, b.points, 4, **b.search).index
     features = torch.stack([b.points[..., 0], b.points[..., 2]], dim=-1)
@@ -118,6 +138,9 @@ OPERATORS: dict[str, Callable[[Batch], list[Tensor]]] = {
     "ball_radius_per_query": lambda b: b.neighbors(
         ops.ball_query(b.query, b.points, torch.nan_to_num(b.query[..., 0].abs(), 1, 1, 1) + 0.1, 5, **b.search)
     ),
+    "radius": radius(0.5),
+    "radius_everything": radius(float("inf"), exclude_self=True),
+    "radius_per_query": radius(0),
     "group": group,
     "chamfer": chamfer("l2sq", "both"),
     "chamfer_l2_from_x": chamfer("l2", "x"),

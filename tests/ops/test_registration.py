@@ -28,6 +28,7 @@ def samples() -> dict[str, list[tuple]]:
     empty, index, weight = torch.zeros(0, 4, 3), torch.randint(-1, 9, (2, 5, 3)), torch.rand(2, 9, 4, requires_grad=True)
     rows = torch.randint(-1, 9, (28,))
     return {
+        **search_samples(),
         "fps": [
             *((p, 4, None, 0, None, None, -1.0) for p in (x, xg, empty)),
             (x, 3, lengths, 0, torch.tensor([1, 0]), x[..., 0] > 0, 0.1),
@@ -62,6 +63,18 @@ def samples() -> dict[str, list[tuple]]:
             (x, y, lengths, None, None, None, "l2sq", "both"),
         ],
         "chamfer_backward": [(torch.rand(2), x, y, rows, None, None, None, None, "l2sq", "both")],
+    }
+
+
+def search_samples() -> dict[str, list[tuple]]:
+    """Arguments of what radius.py and its like register."""
+    x, y, offsets, ends = torch.rand(2, 9, 3), torch.rand(2, 5, 3), torch.tensor([0, 4, 9]), torch.tensor([0, 0, 5])
+    return {
+        "radius_search": [
+            (y, x, None, torch.tensor([9, 0]), None, None, 0.5, None, True),
+            (y[0], x[0], None, None, ends, offsets, INF, None, False),
+            (y, x, None, None, None, None, INF, torch.rand(2, 5), False),
+        ],
     }
 
 

@@ -82,6 +82,28 @@ def ball_query(
     return index, found, count
 
 
+def radius_search(
+    query: Tensor, points: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, query_offsets: Tensor | None,
+    offsets: Tensor | None, radius: float, radii: Tensor | None, exclude_self: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return row splits, indices and squared distances of all points in a ball, see :func:`geossl.ops.radius_search`."""
+    rows, cloud_rows, limit = query.reshape(-1, 3), points.reshape(-1, 3), _limits(query, radius, radii)
+    count = torch.zeros(rows.shape[0] + 1, dtype=torch.int64, device=rows.device)
+    indices, distances = [count[:0]], [rows.new_empty(0)]
+    for q, p in cloud_pairs(query, points, query_lengths, lengths, query_offsets, offsets):
+        n, base = p.stop - p.start, 0 if offsets is None else p.start
+        step = max(1, CHUNK // max(n, 1))
+        for begin in range(q.start, q.stop, step):
+            part = slice(begin, min(begin + step, q.stop))
+            own = torch.arange(part.start, part.stop, device=rows.device) - q.start if exclude_self else None
+            d2, order = torch.sort(_within(rows[part], cloud_rows[p], limit[part], own), dim=1, stable=True)
+            hit = d2 < torch.inf
+            count[part.start + 1 : part.stop + 1] = hit.sum(1)
+            indices.append(order[hit] + base)
+            distances.append(d2[hit])
+    return count.cumsum(0), torch.cat(indices), torch.cat(distances)
+
+
 def neighbor_distance(query: Tensor, points: Tensor, index: Tensor) -> Tensor:
     """Squared distance of each query to its neighbours, +inf where the index is -1; differentiable."""
     if points.shape[-2] == 0:

@@ -1,0 +1,293 @@
+// All points in a ball on the CPU, in two calls: the first counts, the second writes what the caller has made room for.
+#include <algorithm>
+
+#include "points.h"
+#include "select.h"
+#include "tree.h"
+
+namespace geossl {
+namespace {
+
+// What is asked of one batch of queries; see geossl/ops/radius.py.
+template <class T>
+struct Search {
+  const T *query, *points;
+  Clouds queries, clouds;
+  T radius;
+  const T* radii;  // per query row, may be null
+  bool exclude_self;
+  int64_t* count;         // per query row; null in the second call
+  const int64_t* splits;  // first entry of each row, the rest for the second call
+  T* distance;
+  int64_t* index;
+
+  // A NaN or infinite distance is never below it, so invalid points and queries need no test of their own.
+  T limit(int64_t row) const { return radii ? radii[row] * radii[row] : radius * radius; }
+};
+
+// All points -------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+GEOSSL_INLINE int64_t count_loop(const Soa<T>& p, int64_t n, const T* q, T limit) {
+  const T x = q[0], y = q[1], z = q[2];
+  Bits<T> total = 0;
+  for (int64_t i = 0; i < n; ++i) total += static_cast<Bits<T>>(squared(p.x[i] - x, p.y[i] - y, p.z[i] - z) < limit);
+  return total;
+}
+GEOSSL_SIMD int64_t count_inside(const Soa<float>& p, int64_t n, const float* q, float limit) { return count_loop(p, n, q, limit); }
+GEOSSL_SIMD int64_t count_inside(const Soa<double>& p, int64_t n, const double* q, double limit) { return count_loop(p, n, q, limit); }
+
+// Bits of the distances under the limit, and those of infinity elsewhere.
+template <class T>
+GEOSSL_INLINE void distances_loop(const Soa<T>& p, int64_t n, const T* q, T limit, Bits<T>* GEOSSL_RESTRICT distance) {
+  const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
+  const T x = q[0], y = q[1], z = q[2];
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = squared(p.x[i] - x, p.y[i] - y, p.z[i] - z);
+    distance[i] = d < limit ? to_bits(d) : infinity;
+  }
+}
+GEOSSL_SIMD void distances_inside(const Soa<float>& p, int64_t n, const float* q, float limit, int32_t* distance) {
+  distances_loop(p, n, q, limit, distance);
+}
+GEOSSL_SIMD void distances_inside(const Soa<double>& p, int64_t n, const double* q, double limit, int64_t* distance) {
+  distances_loop(p, n, q, limit, distance);
+}
+
+// A cloud as three arrays of whole vectors; the rest is infinity.
+template <class T>
+class BruteForce {
+ public:
+  void load(const T* rows, int64_t n) {
+    padded_ = (n + 15) / 16 * 16;
+    soa_ = {x_.get(padded_), y_.get(padded_), z_.get(padded_)};
+    split_axes(rows, n, soa_);
+    for (T* axis : {soa_.x, soa_.y, soa_.z}) std::fill(axis + n, axis + padded_, std::numeric_limits<T>::infinity());
+  }
+  int64_t count(const T* q, T limit) const { return count_inside(soa_, padded_, q, limit); }
+  int64_t collect(const T* q, T limit, int64_t self, Key<T>* keys) {
+    Bits<T>* distance = distance_.get(padded_);
+    int32_t* found = found_.get(padded_ + 16);
+    distances_inside(soa_, padded_, q, limit, distance);
+    const int64_t hits = indices_up_to(distance, padded_, to_bits(std::numeric_limits<T>::max()), found);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < hits; ++i)
+      if (found[i] != self) keys[kept++] = make_key(distance[found[i]], found[i]);
+    return kept;
+  }
+
+ private:
+  Scratch<T> x_, y_, z_;
+  Scratch<Bits<T>> distance_;
+  Scratch<int32_t> found_;
+  Soa<T> soa_{};
+  int64_t padded_ = 0;
+};
+
+// A tree ------------------------------------------------------------------------------------------------------------------------------
+
+// Distances from a query to the nearest and to the farthest corner of 16 boxes; rounding is monotonic, so they bound those of all points.
+template <class T>
+GEOSSL_INLINE void corner_distances(const Boxes<T>& boxes, int64_t begin, const T* q, T* GEOSSL_RESTRICT nearest, T* GEOSSL_RESTRICT farthest) {
+  const T* GEOSSL_RESTRICT low[3] = {boxes.low[0].data() + begin, boxes.low[1].data() + begin, boxes.low[2].data() + begin};
+  const T* GEOSSL_RESTRICT high[3] = {boxes.high[0].data() + begin, boxes.high[1].data() + begin, boxes.high[2].data() + begin};
+  for (int i = 0; i < kFanout; ++i) {
+    T gap[3], far[3];
+    for (int a = 0; a < 3; ++a) {
+      const T below = low[a][i] - q[a], above = q[a] - high[a][i];
+      const T outside = below > above ? below : above;
+      gap[a] = outside > T(0) ? outside : T(0);
+      far[a] = below < above ? below : above;  // minus the distance to the farther side
+    }
+    nearest[i] = squared(gap[0], gap[1], gap[2]);
+    farthest[i] = squared(far[0], far[1], far[2]);
+  }
+}
+
+struct Visit {
+  int32_t level;
+  int64_t begin;
+};
+
+// Counts (keys is null) or collects the points under the limit; the order of keys does not matter. Counts include `self`, keys do not.
+template <class T>
+GEOSSL_INLINE int64_t tree_loop(const Tree<T>& tree, const T* q, T limit, int64_t self, Key<T>* keys) {
+  const bool valid = (q[0] - q[0]) + (q[1] - q[1]) + (q[2] - q[2]) == T(0);
+  if (!valid || tree.levels.empty()) return 0;
+  constexpr int kDeepest = 12;  // 16^12 leaves
+  Visit stack[kDeepest * kFanout];
+  int waiting = 0;
+  int64_t found = 0;
+  stack[waiting++] = {static_cast<int32_t>(tree.levels.size()) - 1, 0};
+  while (waiting > 0) {
+    const Visit visit = stack[--waiting];
+    const Boxes<T>& boxes = tree.levels[static_cast<size_t>(visit.level)];
+    T nearest[kFanout], farthest[kFanout];
+    corner_distances(boxes, visit.begin, q, nearest, farthest);
+    for (int i = 0; i < kFanout; ++i) {
+      if (!(nearest[i] < limit)) continue;
+      const int64_t box = visit.begin + i;
+      if (!keys && farthest[i] < limit) {
+        found += boxes.size[static_cast<size_t>(box)];
+        continue;
+      }
+      if (visit.level > 0) {
+        stack[waiting++] = {visit.level - 1, box * kFanout};
+        continue;
+      }
+      const int64_t begin = box * kLeafSize;
+      const Soa<T> leaf{tree.points.x + begin, tree.points.y + begin, tree.points.z + begin};
+      if (!keys) {
+        found += count_loop(leaf, kLeafSize, q, limit);
+        continue;
+      }
+      Bits<T> distance[kLeafSize];
+      int32_t slots[kLeafSize + 16];
+      distances_loop(leaf, kLeafSize, q, limit, distance);
+      const int64_t hits = indices_up_to(distance, kLeafSize, to_bits(std::numeric_limits<T>::max()), slots);
+      for (int64_t h = 0; h < hits; ++h) {
+        const int32_t row = tree.row[begin + slots[h]];
+        if (row != self) keys[found++] = make_key(distance[slots[h]], row);
+      }
+    }
+  }
+  return found;
+}
+GEOSSL_SIMD int64_t search_tree(const Tree<float>& tree, const float* q, float limit, int64_t self, int64_t* keys) {
+  return tree_loop(tree, q, limit, self, keys);
+}
+GEOSSL_SIMD int64_t search_tree(const Tree<double>& tree, const double* q, double limit, int64_t self, DoubleKey* keys) {
+  return tree_loop(tree, q, limit, self, keys);
+}
+
+// Whether building and descending a tree takes less time than comparing all pairs: nanoseconds, measured on one core with AVX-512.
+bool tree_pays(int64_t queries, int64_t n) {
+  const auto q = static_cast<double>(queries), points = static_cast<double>(n);
+  return q * 0.15 * points > 30 * points + q * 300;
+}
+
+// --------------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Memory {
+  BruteForce<T> brute;
+  Scratch<Key<T>> keys, sorted;
+};
+
+// One query: counts or writes. `tree` may be null.
+template <class T>
+void one_row(const Search<T>& s, const Tree<T>* tree, int64_t b, int64_t row, Memory<T>& memory) {
+  const T *q = s.query + 3 * row, limit = s.limit(row);
+  const int64_t local = row - s.queries.begin(b), n = s.clouds.size(b);
+  const int64_t self = s.exclude_self && local < n ? local : -1;
+  if (s.count) {
+    int64_t found = tree ? search_tree(*tree, q, limit, self, nullptr) : memory.brute.count(q, limit);
+    if (self >= 0) {
+      const T* p = s.points + 3 * (s.clouds.begin(b) + self);
+      found -= squared(p[0] - q[0], p[1] - q[1], p[2] - q[2]) < limit;
+    }
+    s.count[row] = found;
+    return;
+  }
+  const int64_t begin = s.splits[row], wanted = s.splits[row + 1] - begin;
+  if (wanted == 0) return;
+  Key<T>* keys = memory.keys.get(wanted);
+  const int64_t found = tree ? search_tree(*tree, q, limit, self, keys) : memory.brute.collect(q, limit, self, keys);
+  if constexpr (std::is_same_v<Key<T>, int64_t>) {
+    if (found <= kRankSort) {
+      Key<T>* sorted = memory.sorted.get(kRankSort);
+      rank_sort(keys, found, found, sorted);
+      keys = sorted;
+    } else {
+      std::sort(keys, keys + found);
+    }
+  } else {
+    std::sort(keys, keys + found);
+  }
+  const int64_t base = s.clouds.index_base(b);
+  for (int64_t j = 0; j < found; ++j) {
+    s.distance[begin + j] = from_bits<T>(bits_of_key(keys[j]));
+    s.index[begin + j] = base + index_of_key(keys[j]);
+  }
+}
+
+template <class T>
+void search_rows(const Search<T>& s, const std::vector<std::unique_ptr<Tree<T>>>& trees, int64_t begin, int64_t end) {
+  Memory<T> memory;
+  for (int64_t row = begin; row < end;) {
+    const int64_t b = s.queries.cloud_of(row), first = s.queries.begin(b), last = first + s.queries.size(b);
+    const int64_t stop = std::max(row, std::min(end, last));
+    const int64_t n = s.clouds.size(b);
+    if (row < stop && n > 0) {
+      if (const auto& tree = trees[static_cast<size_t>(b)]) {
+        in_spatial_order(s.query + 3 * row, stop - row, [&](int64_t i) { one_row(s, tree.get(), b, row + i, memory); });
+      } else {
+        memory.brute.load(s.points + 3 * s.clouds.begin(b), n);
+        for (int64_t i = row; i < stop; ++i) one_row<T>(s, nullptr, b, i, memory);
+      }
+      row = stop;
+    }
+    // Queries of an empty cloud, and padding.
+    const int64_t next = std::min(end, s.queries.offsets ? last : first + s.queries.stride);
+    if (s.count) std::fill(s.count + row, s.count + std::max(row, next), int64_t{0});
+    row = std::max(row, next);
+  }
+}
+
+template <class T>
+int run(const Search<T>& s, int threads) {
+  const int64_t batch = s.clouds.batch, rows = s.queries.rows();
+  std::vector<std::unique_ptr<Tree<T>>> trees(static_cast<size_t>(batch));
+  std::vector<int64_t> large;
+  int64_t work = 1;
+  for (int64_t b = 0; b < batch; ++b) {
+    work += s.queries.size(b) * std::min<int64_t>(s.clouds.size(b), 8192);
+    if (tree_pays(s.queries.size(b), s.clouds.size(b))) large.push_back(b);
+  }
+  parallel_for(threads, static_cast<int64_t>(large.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = large[static_cast<size_t>(i)];
+      trees[static_cast<size_t>(b)] = std::make_unique<Tree<T>>(s.points + 3 * s.clouds.begin(b), s.clouds.size(b));
+    }
+  });
+  // A thread is worth starting for about two million distances.
+  parallel_for(threads, rows, std::max<int64_t>(64, (int64_t{1} << 21) * rows / work),
+               [&](int64_t begin, int64_t end) { search_rows(s, trees, begin, end); });
+  return GEOSSL_OK;
+}
+
+}  // namespace
+}  // namespace geossl
+
+// See geossl/ops/radius.py for the arguments of both.
+GEOSSL_API int geossl_radius_count_cpu(int threads, int is_double, const void* query, const int64_t* query_offsets,
+                                       const int64_t* query_lengths, int64_t queries, const void* points, const int64_t* offsets,
+                                       const int64_t* lengths, int64_t n, int64_t batch, double radius, const void* radii, int exclude_self,
+                                       int64_t* count) {
+  using namespace geossl;
+  if (batch < 0 || n < 0 || queries < 0) return GEOSSL_INVALID_ARGUMENT;
+  const Clouds query_clouds{query_offsets, query_lengths, batch, queries}, clouds{offsets, lengths, batch, n};
+  if (!clouds_fit(clouds)) return GEOSSL_TOO_LARGE;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return run(Search<T>{static_cast<const T*>(query), static_cast<const T*>(points), query_clouds, clouds, static_cast<T>(radius),
+                         static_cast<const T*>(radii), exclude_self != 0, count, nullptr, nullptr, nullptr},
+               threads);
+  });
+}
+
+GEOSSL_API int geossl_radius_fill_cpu(int threads, int is_double, const void* query, const int64_t* query_offsets,
+                                      const int64_t* query_lengths, int64_t queries, const void* points, const int64_t* offsets,
+                                      const int64_t* lengths, int64_t n, int64_t batch, double radius, const void* radii, int exclude_self,
+                                      const int64_t* row_splits, int64_t* index, void* distance) {
+  using namespace geossl;
+  if (batch < 0 || n < 0 || queries < 0) return GEOSSL_INVALID_ARGUMENT;
+  const Clouds query_clouds{query_offsets, query_lengths, batch, queries}, clouds{offsets, lengths, batch, n};
+  if (!clouds_fit(clouds)) return GEOSSL_TOO_LARGE;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return run(Search<T>{static_cast<const T*>(query), static_cast<const T*>(points), query_clouds, clouds, static_cast<T>(radius),
+                         static_cast<const T*>(radii), exclude_self != 0, nullptr, row_splits, static_cast<T*>(distance), index},
+               threads);
+  });
+}
