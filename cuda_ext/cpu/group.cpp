@@ -46,7 +46,7 @@ struct Pairs {
 }  // namespace
 }  // namespace geossl
 
-// See geossl/ops/grouping.py for the arguments of both. A null `fill` stands for zeros.
+// See geossl/ops/grouping.py for the arguments of these three. A null `fill` stands for zeros.
 GEOSSL_API int geossl_group_cpu(int threads, int64_t row_bytes, const void* features, int64_t n, int64_t batch, const int64_t* index,
                                 int64_t entries, const void* fill, void* out) {
   using namespace geossl;
@@ -65,6 +65,42 @@ GEOSSL_API int geossl_group_cpu(int threads, int64_t row_bytes, const void* feat
           std::memset(to, 0, static_cast<size_t>(row_bytes));
       }
     });
+  });
+}
+
+// A radius of 0 stands for none, null features for no channels.
+GEOSSL_API int geossl_group_relative_cpu(int threads, int is_double, const void* points, int64_t n, int64_t batch, const void* centers,
+                                         int64_t queries, const void* features, int64_t channels, const int64_t* index, int64_t k,
+                                         double radius, void* out) {
+  using namespace geossl;
+  if (n < 0 || batch < 0 || queries < 0 || channels < 0 || k < 0) return GEOSSL_INVALID_ARGUMENT;
+  if (!in_range(index, batch * queries * k, n)) return GEOSSL_INVALID_ARGUMENT;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t width = 3 + channels, row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const T divisor = static_cast<T>(radius);
+    parallel_for(threads, batch * queries, kBytesPerThread / std::max<int64_t>(k * row_bytes, 1), [&](int64_t q0, int64_t q1) {
+      for (int64_t q = q0; q < q1; ++q) {
+        const T* center = static_cast<const T*>(centers) + 3 * q;
+        const int64_t cloud = q / queries * n;
+        T* to = static_cast<T*>(out) + q * k * width;
+        for (int64_t j = 0; j < k; ++j, to += width) {
+          const int64_t row = index[q * k + j];
+          if (row < 0) {
+            std::fill(to, to + width, T(0));
+            continue;
+          }
+          const T* p = static_cast<const T*>(points) + 3 * (cloud + row);
+          for (int axis = 0; axis < 3; ++axis) {
+            const T local = p[axis] - center[axis];
+            to[axis] = radius > 0 ? local / divisor : local;
+          }
+          const T* from = static_cast<const T*>(features) + (cloud + row) * channels;
+          for (int64_t c = 0; c < channels; ++c) to[3 + c] = from[c];
+        }
+      }
+    });
+    return int{GEOSSL_OK};
   });
 }
 

@@ -10,6 +10,9 @@ constexpr int kThreads = 256;
 __device__ __forceinline__ int64_t thread_number() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t thread_count() { return int64_t{gridDim.x} * kThreads; }
 
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ double divide(double a, double b) { return __ddiv_rn(a, b); }
+
 // Moves rows in units as wide as their alignment allows.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const Unit* features, int64_t units, int64_t n, const int64_t* index, int64_t entries,
@@ -19,6 +22,35 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Unit* features, 
     Unit value{};
     if (row >= 0 && row < n) value = features[(e / entries * n + row) * units + u];
     else if (fill) value = fill[u];
+    out[i] = value;
+  }
+}
+
+template <class T>
+struct Relative {
+  const T* points;
+  int64_t n, batch;
+  const T* centers;
+  int64_t queries;
+  const T* features;
+  int64_t channels;
+  const int64_t* index;
+  int64_t k;
+  T radius;  // 0: not divided
+};
+
+// One thread per value of the result: consecutive threads read consecutive channels.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4) relative_kernel(Relative<T> r, T* out) {
+  const int64_t width = 3 + r.channels;
+  for (int64_t i = thread_number(); i < r.batch * r.queries * r.k * width; i += thread_count()) {
+    const int64_t e = i / width, c = i - e * width, q = e / r.k, row = r.index[e];
+    T value = T(0);
+    if (row >= 0 && row < r.n) {
+      const int64_t from = q / r.queries * r.n + row;
+      value = c < 3 ? r.points[3 * from + c] - r.centers[3 * q + c] : r.features[from * r.channels + c - 3];
+      if (c < 3 && r.radius > T(0)) value = divide(value, r.radius);
+    }
     out[i] = value;
   }
 }
@@ -98,7 +130,7 @@ cudaError_t gather(const void* features, int64_t row_bytes, int64_t n, const int
 }  // namespace
 }  // namespace geossl
 
-// See geossl/ops/grouping.py for the arguments of both.
+// See geossl/ops/grouping.py for the arguments of these three.
 GEOSSL_API int geossl_group_cuda(int device, void* stream, int64_t row_bytes, const void* features, int64_t n, int64_t batch,
                                  const int64_t* index, int64_t entries, const void* fill, void* out) {
   using namespace geossl;
@@ -116,6 +148,21 @@ GEOSSL_API int geossl_group_cuda(int device, void* stream, int64_t row_bytes, co
     if (fits(4)) return gather<int>(features, row_bytes, n, index, entries, all, fill, out, s);
     if (fits(2)) return gather<short>(features, row_bytes, n, index, entries, all, fill, out, s);
     return gather<char>(features, row_bytes, n, index, entries, all, fill, out, s);
+  });
+}
+
+GEOSSL_API int geossl_group_relative_cuda(int device, void* stream, int is_double, const void* points, int64_t n, int64_t batch,
+                                          const void* centers, int64_t queries, const void* features, int64_t channels, const int64_t* index,
+                                          int64_t k, double radius, void* out) {
+  using namespace geossl;
+  if (n < 0 || batch < 0 || queries < 0 || channels < 0 || k < 0) return GEOSSL_INVALID_ARGUMENT;
+  const int64_t work = batch * queries * k * (3 + channels);
+  if (work == 0) return GEOSSL_OK;
+  return on_device(device, is_double, [&](auto zero) {
+    using T = decltype(zero);
+    const Relative<T> r{static_cast<const T*>(points), n, batch, static_cast<const T*>(centers), queries, static_cast<const T*>(features),
+                        channels, index, k, static_cast<T>(radius)};
+    return gpu::launch(relative_kernel<T>, blocks_for(work, kThreads), dim3(kThreads), 0, as_stream(stream), r, static_cast<T*>(out));
   });
 }
 

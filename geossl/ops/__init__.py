@@ -9,7 +9,8 @@ from geossl.ops._native import native_info
 from geossl.ops.batching import offsets_from_batch, offsets_from_ends, offsets_from_lengths
 from geossl.ops.chamfer import chamfer_distance, chamfer_distance_packed, chamfer_distance_patches
 from geossl.ops.fps import farthest_point_sample
-from geossl.ops.grouping import group
+from geossl.ops.grouping import group, group_relative
+from geossl.ops.interpolation import interpolate, three_nn_interpolate
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
 from geossl.ops.radius import RadiusNeighbors, radius_search
 
@@ -23,10 +24,13 @@ __all__ = [
     "chamfer_distance_patches",
     "farthest_point_sample",
     "group",
+    "group_relative",
+    "interpolate",
     "knn",
     "native_info",
     "offsets_from_batch",
     "offsets_from_ends",
     "offsets_from_lengths",
     "radius_search",
+    "three_nn_interpolate",
 ]

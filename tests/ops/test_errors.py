@@ -13,6 +13,7 @@ P = torch.rand(2, 8, 3)
 F = torch.rand(12, 3)
 OFF = torch.tensor([0, 4, 12])
 fps, knn, ball, group = ops.farthest_point_sample, ops.knn, ops.ball_query, ops.group
+relative = ops.group_relative
 chamfer, packed, patches = ops.chamfer_distance, ops.chamfer_distance_packed, ops.chamfer_distance_patches
 
 CASES = [
@@ -80,6 +81,28 @@ CASES = [
     (lambda: group(F, torch.tensor([12])), ValueError, "index must lie between -1 .* and 11, as features have 12 rows; got 12"),
     (lambda: group(F, torch.tensor([-2])), ValueError, "got -2"),
     (lambda: group(P, torch.zeros(3, 1, dtype=torch.int64)), ValueError, "with B = 2"),
+    (
+        lambda: relative(P, P[:, :3], torch.zeros(2, 2, 4, dtype=torch.int64)),
+        ValueError,
+        r"index must be \[2, 3, 'k'\], one row per center",
+    ),
+    (lambda: relative(P, F, torch.zeros(2, 2, 4, dtype=torch.int64)), ValueError, r"group_relative: centers must be \[B, N, 3\]"),
+    (lambda: relative(F, F, torch.full((12, 1), 12)), ValueError, "group_relative: index must lie between -1 .* as points have 12 rows"),
+    (lambda: relative(F, F, torch.zeros(12, 1)), TypeError, "group_relative: index must be an int64 or int32"),
+    (
+        lambda: relative(F, F, torch.zeros(12, 1).long(), F[:5]),
+        ValueError,
+        r"features must be floating with one row per point, \[12, 'C'\]",
+    ),
+    (lambda: relative(F, F, torch.zeros(12, 1).long(), radius=0), ValueError, "radius must be a positive number or None, got int 0"),
+    # Interpolation.
+    (lambda: ops.interpolate(F, torch.tensor([[12]]), torch.ones(1, 1)), ValueError, "interpolate: index must lie .* got 12"),
+    (lambda: ops.interpolate(F, torch.tensor([[1]]), torch.ones(1, 2)), ValueError, r"weight must be floating with one number per index"),
+    (lambda: ops.interpolate(F.long(), torch.tensor([[1]]), torch.ones(1, 1)), TypeError, "features must be floating"),
+    (lambda: ops.interpolate(F, torch.tensor(1), torch.tensor(1.0)), ValueError, r"index must be \[..., k\]"),
+    (lambda: ops.three_nn_interpolate(P, P, P[:, :5]), ValueError, r"features must have one row per point, \[2, 8, 'C'\]"),
+    (lambda: ops.three_nn_interpolate(P, P, P, eps=0), ValueError, "eps must be a positive number"),
+    (lambda: ops.three_nn_interpolate(P, P, P, k=0), ValueError, "k must be at least 1"),
     # Chamfer.
     (lambda: chamfer(P, P[:1]), ValueError, "chamfer_distance: x and y must have the same number of clouds, got 2 and 1"),
     (lambda: chamfer(P, P, norm="cdl1"), ValueError, "unknown chamfer_distance norm 'cdl1'.*Known: l1, l2, l2sq"),

@@ -19,6 +19,8 @@ def found(distance: torch.Tensor) -> torch.Tensor:
 LENGTHS = {"lengths": torch.tensor([6, 0, 4]), "query_lengths": torch.tensor([3, 2, 4])}
 OFFSETS = {"offsets": torch.tensor([0, 6, 6, 10]), "query_offsets": torch.tensor([0, 3, 5, 9])}
 
+INDEX = torch.tensor([[[0, 1, -1, 1], [4, 0, 2, 2]], [[3, 3, 3, -1], [-1, -1, -1, -1]]])
+
 CASES = {
     "knn": (lambda q, p: found(ops.knn(q, p, 3, **LENGTHS).distance), lambda: (double(3, 4, 3), double(3, 7, 3))),
     "knn_packed": (lambda q, p: found(ops.knn(q, p, 5, **OFFSETS).distance), lambda: (double(9, 3), double(10, 3))),
@@ -33,6 +35,17 @@ CASES = {
     "radius_search_packed": (lambda q, p: ops.radius_search(q, p, 0.8, **OFFSETS).distance, lambda: (double(9, 3), double(10, 3))),
     "group": (lambda f: ops.group(f, torch.tensor([[0, 1, -1, 1], [4, 4, 4, 0]]), fill=3.0), lambda: (double(2, 5, 3),)),
     "group_packed": (lambda f: ops.group(f, torch.tensor([[0, 1, -1], [4, 4, 0]])), lambda: (double(5, 3),)),
+    "group_relative": (
+        lambda p, c, f: ops.group_relative(p, c, INDEX, f, radius=0.7),
+        lambda: (double(2, 5, 3), double(2, 2, 3), double(2, 5, 2)),
+    ),
+    "group_relative_packed_centers": (lambda c: ops.group_relative(torch.ones(5, 3).double(), c, INDEX[0]), lambda: (double(2, 3),)),
+    "interpolate": (lambda f, w: ops.interpolate(f, INDEX, w), lambda: (double(2, 5, 3), double(2, 2, 4))),
+    "interpolate_packed": (lambda f, w: ops.interpolate(f, INDEX[0], w), lambda: (double(5, 18), double(2, 4))),
+    "three_nn_interpolate": (
+        lambda q, p, f: ops.three_nn_interpolate(q, p, f, eps=0.01, **LENGTHS),
+        lambda: (double(3, 4, 3), double(3, 7, 3), double(3, 7, 2)),
+    ),
     **{
         f"chamfer_{norm}_{direction}": (
             lambda x, y, n=norm, d=direction: ops.chamfer_distance(

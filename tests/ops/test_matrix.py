@@ -122,6 +122,31 @@ def group(b: Batch) -> list[Tensor]:
     return b.rows(ops.group(features, index, fill=7.0), b.query_sizes)
 
 
+def relative(radius: float | None) -> Callable[[Batch], list[Tensor]]:
+    def run(b: Batch) -> list[Tensor]:
+        index = ops.ball_query(b.query, b.points, 0.6, 4, **b.search).index
+        features = torch.stack([b.points[..., 0], b.points[..., 2]], dim=-1)
+        alone = ops.group_relative(b.points, b.query, index, radius=radius)
+        both = ops.group_relative(b.points, b.query, index, features, radius=radius)
+        return [*b.rows(alone, b.query_sizes), *b.rows(both, b.query_sizes)]
+
+    return run
+
+
+def features_of(points: Tensor) -> Tensor:
+    return torch.cat([points * 0.37, -points, points[..., :1] * 11], dim=-1)
+
+
+def interpolate(b: Batch) -> list[Tensor]:
+    index = ops.ball_query(b.query, b.points, 0.6, 5, **b.search).index
+    weight = torch.linspace(-1, 2, 5, dtype=b.points.dtype).expand(index.shape)
+    return b.rows(ops.interpolate(features_of(b.points), index, weight), b.query_sizes)
+
+
+def three_nn(b: Batch) -> list[Tensor]:
+    return b.rows(ops.three_nn_interpolate(b.query, b.points, features_of(b.points), **b.search), b.query_sizes)
+
+
 OPERATORS: dict[str, Callable[[Batch], list[Tensor]]] = {
     "fps": sample(9),
     "fps_all": sample(100, random=5),
@@ -142,6 +167,10 @@ OPERATORS: dict[str, Callable[[Batch], list[Tensor]]] = {
     "radius_everything": radius(float("inf"), exclude_self=True),
     "radius_per_query": radius(0),
     "group": group,
+    "group_relative": relative(None),
+    "group_relative_radius": relative(0.3),
+    "interpolate": interpolate,
+    "three_nn_interpolate": three_nn,
     "chamfer": chamfer("l2sq", "both"),
     "chamfer_l2_from_x": chamfer("l2", "x"),
     "chamfer_l1_from_y": chamfer("l1", "y"),

@@ -69,7 +69,17 @@ def samples() -> dict[str, list[tuple]]:
 def search_samples() -> dict[str, list[tuple]]:
     """Arguments of what radius.py and its like register."""
     x, y, offsets, ends = torch.rand(2, 9, 3), torch.rand(2, 5, 3), torch.tensor([0, 4, 9]), torch.tensor([0, 0, 5])
+    xg, yg, index = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.randint(-1, 9, (2, 5, 4))
+    weight, empty = torch.rand(2, 5, 4), torch.zeros(0, 4, 3)
     return {
+        "group_relative": [
+            (x, y, index, None, 0.0),
+            (xg, yg, index, torch.rand(2, 9, 2, requires_grad=True), 0.5),
+            (x[0], yg[0], index[0], x[0], 0.0),
+            (empty, empty, torch.zeros(0, 4, 2, dtype=torch.int64), None, 0.0),
+        ],
+        "interpolate": [(x, index, weight), (xg, index, weight.clone().requires_grad_()), (xg[0], index[0], weight[0])],
+        "interpolate_backward": [(y, x, index, weight), (y[0], x[0], index[0], weight[0])],
         "radius_search": [
             (y, x, None, torch.tensor([9, 0]), None, None, 0.5, None, True),
             (y[0], x[0], None, None, ends, offsets, INF, None, False),
@@ -96,9 +106,10 @@ class Everything(torch.nn.Module):
         centers = ops.group(points, picked)
         near = ops.knn(centers, points, 3)
         ball = ops.ball_query(centers, points, 0.5, 3, mode="first")
+        spread = ops.three_nn_interpolate(points, centers, ops.group_relative(points, centers, near.index, features, radius=2.0).amax(2))
         grouped = ops.group(features, near.index).amax(2).sum() + ops.group(features, ball.index, 1.0).sum()
         loss = ops.chamfer_distance_patches(ops.group(points, near.index), torch.ones(1, 1, 2, 3).expand(len(points), 4, 2, 3), norm="l2")
-        return grouped + near.distance.sum() + loss
+        return grouped + near.distance.sum() + loss + spread.sin().sum()
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

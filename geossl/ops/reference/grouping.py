@@ -22,6 +22,16 @@ def group(features: Tensor, index: Tensor, fill: float) -> Tensor:
     return torch.where((index >= 0).unsqueeze(-1), take(features, index), filled)
 
 
+def group_relative(points: Tensor, centers: Tensor, index: Tensor, features: Tensor | None, radius: float) -> Tensor:
+    """Gather positions relative to centres, divided by the radius unless it is 0, and features after them; 0 where the index is -1."""
+    if points.shape[-2] == 0:
+        return points.new_zeros(*index.shape, 3 + (0 if features is None else features.shape[-1]))
+    local = take(points, index) - centers.unsqueeze(-2)
+    local = local / radius if radius > 0 else local
+    rows = local if features is None else torch.cat([local, take(features, index)], dim=-1)
+    return torch.where((index >= 0).unsqueeze(-1), rows, 0.0)
+
+
 def group_backward(grad: Tensor, index: Tensor, batch: int, rows: int) -> Tensor:
     """Add the rows of ``grad [*index.shape, C]`` up by destination, in order, in float32 at least; differentiable.
 
