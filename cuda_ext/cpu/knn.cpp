@@ -189,6 +189,7 @@ template <class T>
 struct Previous {
   T at[3];
   T reach = std::numeric_limits<T>::infinity();  // distance of its k-th neighbour
+  int64_t count = 0;                             // points in its ball
 
   // By the triangle inequality the k-th neighbour of q is not further than this; rounding may make it too small.
   T bound(const T* q) const {
@@ -204,15 +205,18 @@ void tree_row(const Search<T>& s, const Tree<T>& tree, int64_t cloud_row, int64_
   TreeQuery<T> query{{q[0], q[1], q[2]}, s.limit(row)};
   query.self = self;
   query.by_row = s.first;
-  query.count = s.count ? s.count + row : nullptr;
+  // Where balls hold many more points than are kept, counting them apart lets the search stop at the k-th.
+  const bool apart = s.count && previous.count > 4 * s.k;
+  query.count = apart ? nullptr : s.count ? s.count + row : nullptr;
   const T limit = query.limit;
-  if (!s.count) query.limit = std::min(limit, std::max(previous.bound(q), std::numeric_limits<T>::min()));
+  if (apart) s.count[row] = tree.count(q, limit);
+  if (!query.count) query.limit = std::min(limit, std::max(previous.bound(q), std::numeric_limits<T>::min()));
   int64_t found = tree.search(query, s.k, best);
   if (found < s.k && query.limit < limit) {  // fewer are in reach; with k of them, no other can be nearer
     query.limit = limit;
     found = tree.search(query, s.k, best);
   }
-  previous = {{q[0], q[1], q[2]}};
+  previous = {{q[0], q[1], q[2]}, std::numeric_limits<T>::infinity(), s.count ? s.count[row] : 0};
   if (found == s.k && !s.first) previous.reach = std::sqrt(from_bits<T>(bits_of_key(best[found - 1])));
   if (s.first)
     for (int64_t j = 0; j < found; ++j) {

@@ -86,6 +86,26 @@ struct Soa {
 void split_axes(const float* rows, int64_t n, const Soa<float>& to);
 void split_axes(const double* rows, int64_t n, const Soa<double>& to);
 
+// How many of n points are nearer than the limit.
+template <class T>
+GEOSSL_INLINE int64_t count_within(const Soa<T>& p, int64_t n, const T* q, T limit) {
+  const T x = q[0], y = q[1], z = q[2];
+  Bits<T> total = 0;
+  for (int64_t i = 0; i < n; ++i) total += static_cast<Bits<T>>(squared(p.x[i] - x, p.y[i] - y, p.z[i] - z) < limit);
+  return total;
+}
+
+// Bits of the distances under the limit, and those of infinity elsewhere.
+template <class T>
+GEOSSL_INLINE void distances_within(const Soa<T>& p, int64_t n, const T* q, T limit, Bits<T>* GEOSSL_RESTRICT distance) {
+  const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
+  const T x = q[0], y = q[1], z = q[2];
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = squared(p.x[i] - x, p.y[i] - y, p.z[i] - z);
+    distance[i] = d < limit ? to_bits(d) : infinity;
+  }
+}
+
 // Runs the body of an exported function for float or double (it is given a zero of the type); it returns a status code.
 template <class F>
 int for_type(int is_double, F&& body) noexcept {

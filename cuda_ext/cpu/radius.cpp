@@ -27,31 +27,14 @@ struct Search {
 
 // All points -------------------------------------------------------------------------------------------------------------------------
 
-template <class T>
-GEOSSL_INLINE int64_t count_loop(const Soa<T>& p, int64_t n, const T* q, T limit) {
-  const T x = q[0], y = q[1], z = q[2];
-  Bits<T> total = 0;
-  for (int64_t i = 0; i < n; ++i) total += static_cast<Bits<T>>(squared(p.x[i] - x, p.y[i] - y, p.z[i] - z) < limit);
-  return total;
-}
-GEOSSL_SIMD int64_t count_inside(const Soa<float>& p, int64_t n, const float* q, float limit) { return count_loop(p, n, q, limit); }
-GEOSSL_SIMD int64_t count_inside(const Soa<double>& p, int64_t n, const double* q, double limit) { return count_loop(p, n, q, limit); }
+GEOSSL_SIMD int64_t count_inside(const Soa<float>& p, int64_t n, const float* q, float limit) { return count_within(p, n, q, limit); }
+GEOSSL_SIMD int64_t count_inside(const Soa<double>& p, int64_t n, const double* q, double limit) { return count_within(p, n, q, limit); }
 
-// Bits of the distances under the limit, and those of infinity elsewhere.
-template <class T>
-GEOSSL_INLINE void distances_loop(const Soa<T>& p, int64_t n, const T* q, T limit, Bits<T>* GEOSSL_RESTRICT distance) {
-  const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
-  const T x = q[0], y = q[1], z = q[2];
-  for (int64_t i = 0; i < n; ++i) {
-    const T d = squared(p.x[i] - x, p.y[i] - y, p.z[i] - z);
-    distance[i] = d < limit ? to_bits(d) : infinity;
-  }
-}
 GEOSSL_SIMD void distances_inside(const Soa<float>& p, int64_t n, const float* q, float limit, int32_t* distance) {
-  distances_loop(p, n, q, limit, distance);
+  distances_within(p, n, q, limit, distance);
 }
 GEOSSL_SIMD void distances_inside(const Soa<double>& p, int64_t n, const double* q, double limit, int64_t* distance) {
-  distances_loop(p, n, q, limit, distance);
+  distances_within(p, n, q, limit, distance);
 }
 
 // A cloud as three arrays of whole vectors; the rest is infinity.
@@ -86,80 +69,6 @@ class BruteForce {
 
 // A tree ------------------------------------------------------------------------------------------------------------------------------
 
-// Distances from a query to the nearest and to the farthest corner of 16 boxes; rounding is monotonic, so they bound those of all points.
-template <class T>
-GEOSSL_INLINE void corner_distances(const Boxes<T>& boxes, int64_t begin, const T* q, T* GEOSSL_RESTRICT nearest, T* GEOSSL_RESTRICT farthest) {
-  const T* GEOSSL_RESTRICT low[3] = {boxes.low[0].data() + begin, boxes.low[1].data() + begin, boxes.low[2].data() + begin};
-  const T* GEOSSL_RESTRICT high[3] = {boxes.high[0].data() + begin, boxes.high[1].data() + begin, boxes.high[2].data() + begin};
-  for (int i = 0; i < kFanout; ++i) {
-    T gap[3], far[3];
-    for (int a = 0; a < 3; ++a) {
-      const T below = low[a][i] - q[a], above = q[a] - high[a][i];
-      const T outside = below > above ? below : above;
-      gap[a] = outside > T(0) ? outside : T(0);
-      far[a] = below < above ? below : above;  // minus the distance to the farther side
-    }
-    nearest[i] = squared(gap[0], gap[1], gap[2]);
-    farthest[i] = squared(far[0], far[1], far[2]);
-  }
-}
-
-struct Visit {
-  int32_t level;
-  int64_t begin;
-};
-
-// Counts (keys is null) or collects the points under the limit; the order of keys does not matter. Counts include `self`, keys do not.
-template <class T>
-GEOSSL_INLINE int64_t tree_loop(const Tree<T>& tree, const T* q, T limit, int64_t self, Key<T>* keys) {
-  const bool valid = (q[0] - q[0]) + (q[1] - q[1]) + (q[2] - q[2]) == T(0);
-  if (!valid || tree.levels.empty()) return 0;
-  constexpr int kDeepest = 12;  // 16^12 leaves
-  Visit stack[kDeepest * kFanout];
-  int waiting = 0;
-  int64_t found = 0;
-  stack[waiting++] = {static_cast<int32_t>(tree.levels.size()) - 1, 0};
-  while (waiting > 0) {
-    const Visit visit = stack[--waiting];
-    const Boxes<T>& boxes = tree.levels[static_cast<size_t>(visit.level)];
-    T nearest[kFanout], farthest[kFanout];
-    corner_distances(boxes, visit.begin, q, nearest, farthest);
-    for (int i = 0; i < kFanout; ++i) {
-      if (!(nearest[i] < limit)) continue;
-      const int64_t box = visit.begin + i;
-      if (!keys && farthest[i] < limit) {
-        found += boxes.size[static_cast<size_t>(box)];
-        continue;
-      }
-      if (visit.level > 0) {
-        stack[waiting++] = {visit.level - 1, box * kFanout};
-        continue;
-      }
-      const int64_t begin = box * kLeafSize;
-      const Soa<T> leaf{tree.points.x + begin, tree.points.y + begin, tree.points.z + begin};
-      if (!keys) {
-        found += count_loop(leaf, kLeafSize, q, limit);
-        continue;
-      }
-      Bits<T> distance[kLeafSize];
-      int32_t slots[kLeafSize + 16];
-      distances_loop(leaf, kLeafSize, q, limit, distance);
-      const int64_t hits = indices_up_to(distance, kLeafSize, to_bits(std::numeric_limits<T>::max()), slots);
-      for (int64_t h = 0; h < hits; ++h) {
-        const int32_t row = tree.row[begin + slots[h]];
-        if (row != self) keys[found++] = make_key(distance[slots[h]], row);
-      }
-    }
-  }
-  return found;
-}
-GEOSSL_SIMD int64_t search_tree(const Tree<float>& tree, const float* q, float limit, int64_t self, int64_t* keys) {
-  return tree_loop(tree, q, limit, self, keys);
-}
-GEOSSL_SIMD int64_t search_tree(const Tree<double>& tree, const double* q, double limit, int64_t self, DoubleKey* keys) {
-  return tree_loop(tree, q, limit, self, keys);
-}
-
 // Whether building and descending a tree takes less time than comparing all pairs: nanoseconds, measured on one core with AVX-512.
 bool tree_pays(int64_t queries, int64_t n) {
   const auto q = static_cast<double>(queries), points = static_cast<double>(n);
@@ -181,7 +90,7 @@ void one_row(const Search<T>& s, const Tree<T>* tree, int64_t b, int64_t row, Me
   const int64_t local = row - s.queries.begin(b), n = s.clouds.size(b);
   const int64_t self = s.exclude_self && local < n ? local : -1;
   if (s.count) {
-    int64_t found = tree ? search_tree(*tree, q, limit, self, nullptr) : memory.brute.count(q, limit);
+    int64_t found = tree ? tree->count(q, limit) : memory.brute.count(q, limit);
     if (self >= 0) {
       const T* p = s.points + 3 * (s.clouds.begin(b) + self);
       found -= squared(p[0] - q[0], p[1] - q[1], p[2] - q[2]) < limit;
@@ -192,7 +101,7 @@ void one_row(const Search<T>& s, const Tree<T>* tree, int64_t b, int64_t row, Me
   const int64_t begin = s.splits[row], wanted = s.splits[row + 1] - begin;
   if (wanted == 0) return;
   Key<T>* keys = memory.keys.get(wanted);
-  const int64_t found = tree ? search_tree(*tree, q, limit, self, keys) : memory.brute.collect(q, limit, self, keys);
+  const int64_t found = tree ? tree->collect(q, limit, self, keys) : memory.brute.collect(q, limit, self, keys);
   if constexpr (std::is_same_v<Key<T>, int64_t>) {
     if (found <= kRankSort) {
       Key<T>* sorted = memory.sorted.get(kRankSort);

@@ -403,11 +403,96 @@ GEOSSL_SIMD int64_t search_tree(const Tree<double>& tree, const TreeQuery<double
   return query.manhattan ? search_loop<double, true>(tree, query, k, best) : search_loop<double, false>(tree, query, k, best);
 }
 
+// All points in a ball -------------------------------------------------------------------------------------------------------------
+
+// Distances from a query to the nearest and to the farthest corner of 16 boxes; rounding is monotonic, so they bound those of all points.
+template <class T>
+GEOSSL_INLINE void corner_distances(const Boxes<T>& boxes, int64_t begin, const T* q, T* GEOSSL_RESTRICT nearest, T* GEOSSL_RESTRICT farthest) {
+  const T* GEOSSL_RESTRICT low[3] = {boxes.low[0].data() + begin, boxes.low[1].data() + begin, boxes.low[2].data() + begin};
+  const T* GEOSSL_RESTRICT high[3] = {boxes.high[0].data() + begin, boxes.high[1].data() + begin, boxes.high[2].data() + begin};
+  for (int i = 0; i < kFanout; ++i) {
+    T gap[3], far[3];
+    for (int a = 0; a < 3; ++a) {
+      const T below = low[a][i] - q[a], above = q[a] - high[a][i];
+      const T outside = below > above ? below : above;
+      gap[a] = outside > T(0) ? outside : T(0);
+      far[a] = below < above ? below : above;  // minus the distance to the farther side
+    }
+    nearest[i] = squared(gap[0], gap[1], gap[2]);
+    farthest[i] = squared(far[0], far[1], far[2]);
+  }
+}
+
+struct Visit {
+  int32_t level;
+  int64_t begin;
+};
+
+// Counts (keys is null) or collects the points under the limit; the order of keys does not matter. Counts include `self`, keys do not.
+template <class T>
+GEOSSL_INLINE int64_t ball_loop(const Tree<T>& tree, const T* q, T limit, int64_t self, Key<T>* keys) {
+  const bool valid = (q[0] - q[0]) + (q[1] - q[1]) + (q[2] - q[2]) == T(0);
+  if (!valid || tree.levels.empty()) return 0;
+  Visit stack[kDeepest * kFanout];
+  int waiting = 0;
+  int64_t found = 0;
+  stack[waiting++] = {static_cast<int32_t>(tree.levels.size()) - 1, 0};
+  while (waiting > 0) {
+    const Visit visit = stack[--waiting];
+    const Boxes<T>& boxes = tree.levels[static_cast<size_t>(visit.level)];
+    T nearest[kFanout], farthest[kFanout];
+    corner_distances(boxes, visit.begin, q, nearest, farthest);
+    for (int i = 0; i < kFanout; ++i) {
+      if (!(nearest[i] < limit)) continue;
+      const int64_t box = visit.begin + i;
+      if (!keys && farthest[i] < limit) {
+        found += boxes.size[static_cast<size_t>(box)];
+        continue;
+      }
+      if (visit.level > 0) {
+        stack[waiting++] = {visit.level - 1, box * kFanout};
+        continue;
+      }
+      const int64_t begin = box * kLeafSize;
+      const Soa<T> leaf{tree.points.x + begin, tree.points.y + begin, tree.points.z + begin};
+      if (!keys) {
+        found += count_within(leaf, kLeafSize, q, limit);
+        continue;
+      }
+      Bits<T> distance[kLeafSize];
+      int32_t slots[kLeafSize + 16];
+      distances_within(leaf, kLeafSize, q, limit, distance);
+      const int64_t hits = indices_up_to(distance, kLeafSize, to_bits(std::numeric_limits<T>::max()), slots);
+      for (int64_t h = 0; h < hits; ++h) {
+        const int32_t row = tree.row[begin + slots[h]];
+        if (row != self) keys[found++] = make_key(distance[slots[h]], row);
+      }
+    }
+  }
+  return found;
+}
+GEOSSL_SIMD int64_t search_ball(const Tree<float>& tree, const float* q, float limit, int64_t self, int64_t* keys) {
+  return ball_loop(tree, q, limit, self, keys);
+}
+GEOSSL_SIMD int64_t search_ball(const Tree<double>& tree, const double* q, double limit, int64_t self, DoubleKey* keys) {
+  return ball_loop(tree, q, limit, self, keys);
+}
+
 }  // namespace
 
 template <class T>
 int64_t Tree<T>::search(const TreeQuery<T>& query, int64_t k, Key<T>* best) const {
   return search_tree(*this, query, k, best);
+}
+
+template <class T>
+int64_t Tree<T>::count(const T* at, T limit) const {
+  return search_ball(*this, at, limit, -1, static_cast<Key<T>*>(nullptr));
+}
+
+template <class T>
+int64_t Tree<T>::collect(const T* at, T limit, int64_t self, Key<T>* keys) const {
+  return search_ball(*this, at, limit, self, keys);
 }
 
 template std::vector<int32_t> spatial_order(const Soa<float>&, int64_t, int64_t, int32_t*);

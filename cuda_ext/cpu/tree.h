@@ -53,6 +53,10 @@ class Tree {
   // Stores the k smallest keys in order and returns how many there are. A key is (distance, row), or (row, row) if `by_row`.
   int64_t search(const TreeQuery<T>& query, int64_t k, Key<T>* best) const;
 
+  // Squared Euclidean distances: how many points are under the limit, and their keys but that of row `self`, in no order.
+  int64_t count(const T* at, T limit) const;
+  int64_t collect(const T* at, T limit, int64_t self, Key<T>* keys) const;
+
   Soa<T> points;                 // in spatial order; each leaf has kLeafSize slots, of which the last ones may be NaN
   int32_t* row;                  // where each came from
   std::vector<Boxes<T>> levels;  // leaves first, one vector of boxes last; empty without points
