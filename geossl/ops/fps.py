@@ -137,6 +137,7 @@ _fps = _dispatch.define(
     native=_fps_native,
     twin=_fps_twin,
     fake=_fps_fake,
+    direct=True,
 )
 _fps_packed = _dispatch.define(
     "fps_packed(Tensor points, Tensor offsets, Tensor? counts, SymInt k, float ratio, SymInt start, Tensor? starts, Tensor? mask, "
@@ -144,6 +145,7 @@ _fps_packed = _dispatch.define(
     native=_packed_native,
     twin=_packed_twin,
     fake=_packed_fake,
+    direct=True,
 )
 
 

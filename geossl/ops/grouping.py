@@ -73,7 +73,7 @@ def _backward_fake(grad: Tensor, index: Tensor, batch: int, rows: int) -> Tensor
     return grad.new_empty((batch, rows, grad.shape[-1]) if batch else (rows, grad.shape[-1]))
 
 
-# The second has no autograd rule and costs a third less to call: it serves where no gradient is asked for.
+# The second has no autograd rule and costs half to call: it serves where no gradient is asked for.
 _group, _group_plain = (
     _dispatch.define(
         f"{name}(Tensor features, Tensor index, float fill) -> Tensor",
@@ -81,6 +81,7 @@ _group, _group_plain = (
         twin=_group_twin,
         fake=lambda features, index, fill: features.new_empty((*index.shape, features.shape[-1])),
         autocast=None,
+        direct=name.endswith("plain"),
     )
     for name in ("group", "group_plain")
 )

@@ -105,6 +105,7 @@ _knn = _dispatch.define(
     native=_knn_native,
     twin=_knn_twin,
     fake=_knn_fake,
+    direct=True,
 )
 
 
@@ -148,6 +149,7 @@ _ball_query = _dispatch.define(
     native=_ball_native,
     twin=_ball_twin,
     fake=_ball_fake,
+    direct=True,
 )
 
 

@@ -81,6 +81,7 @@ _radius_search = _dispatch.define(
     native=_native,
     twin=_twin,
     fake=_fake,
+    direct=True,
 )
 
 

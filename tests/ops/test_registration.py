@@ -217,6 +217,20 @@ def test_without_library_the_twin_runs_after_one_warning(monkeypatch):
     assert torch.equal(got.distance, want.distance)
 
 
+def test_direct_calls_are_seen_by_whoever_listens():
+    """Plain calls skip the dispatcher; tracing, functional transforms and profilers still see the operator."""
+    points = torch.rand(1, 20, 3)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda p: ops.knn(p, p, 3).index)(points)
+    assert any("geossl.knn" in str(node.target) for node in traced.graph.nodes)
+    with torch.profiler.profile() as profiler:
+        ops.ball_query(points, points, 0.5, 3)
+    assert "geossl::ball_query" in {event.name for event in profiler.events()}
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert ops.farthest_point_sample(mode.from_tensor(points), 4).shape == (1, 4)
+    with pytest.raises(RuntimeError, match="functorch"):  # which torch's library operators do not support, and say so
+        torch.func.grad(lambda p: ops.knn(p, p, 3).distance.sum())(points)
+
+
 def test_calls_are_cheap():
     """The cost of a call is measured by tools/benchmark.py; here only that nothing made it absurd."""
     points = torch.rand(1, 8, 3)
