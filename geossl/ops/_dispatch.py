@@ -72,9 +72,9 @@ def define(
         return registered
 
     def call(first: Tensor, *args: Any) -> Any:
-        if not torch.compiler.is_compiling() and first.__class__ is Tensor and first.is_cpu and _forced is None and not _listening():
-            if _native.available("cpu"):
-                return native("cpu", first, *args)
+        plain = not torch.compiler.is_compiling() and first.__class__ is Tensor and first.is_cpu and _forced is None
+        if plain and not _listening() and _native.available("cpu"):
+            return native("cpu", first, *args)
         return registered(first, *args)
 
     return call
