@@ -132,9 +132,7 @@ class PointViT(nn.Module):
                 centers, clouds.coord, self.config.group_size, query_offsets=segments.offsets(centers.device), offsets=clouds.offsets
             ).index
             index = torch.where(index < 0, index[:, :1], index)
-            groups = clouds.coord[index] - centers[:, None]
-            if clouds.feats is not None:
-                groups = torch.cat([groups, clouds.feats[index]], dim=2)
+            groups = ops.group_relative(clouds.coord, centers, index, clouds.feats)
         return PointGroups(groups, centers, segments)
 
     def encode(

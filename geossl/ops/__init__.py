@@ -12,13 +12,16 @@ from geossl.ops.fps import farthest_point_sample
 from geossl.ops.grouping import group, group_relative
 from geossl.ops.interpolation import interpolate, three_nn_interpolate
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
+from geossl.ops.nms import CentralityNMS, centrality_nms
 from geossl.ops.radius import RadiusNeighbors, radius_search
 
 __all__ = [
     "BallNeighbors",
+    "CentralityNMS",
     "Neighbors",
     "RadiusNeighbors",
     "ball_query",
+    "centrality_nms",
     "chamfer_distance",
     "chamfer_distance_packed",
     "chamfer_distance_patches",

@@ -26,7 +26,9 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def points(op: str, name: str, value: Tensor, packed: bool, like: Tensor | None = None, any_channels: bool = False) -> Tensor:
+def points(
+    op: str, name: str, value: Tensor, packed: bool, like: Tensor | None = None, any_channels: bool = False, integers: bool = False
+) -> Tensor:
     """Check coordinates ``[B, N, 3]`` (packed: ``[M, 3]``) and return them, half precision as float32.
 
     Args:
@@ -36,10 +38,11 @@ def points(op: str, name: str, value: Tensor, packed: bool, like: Tensor | None 
         packed: Whether offsets cut the rows into clouds.
         like: Coordinates already checked, whose type and device these must share.
         any_channels: Take any number of columns, at least 1 and as many as ``like`` has, instead of 3.
+        integers: Take int32 and int64 as well, as they are.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of coordinates, got {describe(value)}; convert it with torch.as_tensor")
-    if value.dtype not in _FULL:
+    if value.dtype not in _FULL and not (integers and value.dtype in (torch.int32, torch.int64)):
         if value.dtype not in _HALF:
             raise TypeError(f"{op}: {name} must be float32 or float64 (half types are upcast), got {describe(value)}; call {name}.float()")
         value = value.float()

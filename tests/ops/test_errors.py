@@ -13,7 +13,7 @@ P = torch.rand(2, 8, 3)
 F = torch.rand(12, 3)
 OFF = torch.tensor([0, 4, 12])
 fps, knn, ball, group = ops.farthest_point_sample, ops.knn, ops.ball_query, ops.group
-relative = ops.group_relative
+relative, nms = ops.group_relative, ops.centrality_nms
 chamfer, packed, patches = ops.chamfer_distance, ops.chamfer_distance_packed, ops.chamfer_distance_patches
 
 CASES = [
@@ -75,6 +75,15 @@ CASES = [
     (lambda: ops.radius_search(P, P, torch.ones(2)), ValueError, r"one radius per query, \[2, 8\]"),
     (lambda: ops.radius_search(P, F, 1.0), ValueError, r"points must be \[B, N, 3\]"),
     (lambda: ops.radius_search(P, P, 1.0, lengths=torch.tensor([1, 9])), ValueError, "radius_search: lengths must lie between 0 and 8"),
+    # Suppression.
+    (lambda: nms(P, 0.0), ValueError, "centrality_nms: radius must be positive"),
+    (lambda: nms(P, torch.ones(2)), TypeError, "centrality_nms: radius must be a number"),
+    (lambda: nms(P, 1.0, max_neighbors=0), ValueError, "max_neighbors must be at least 1, got 0"),
+    (lambda: nms(P.long(), 2.0**31), ValueError, r"at most 2\*\*30, got 2147483648.0"),
+    (lambda: nms(P.short(), 1.0), TypeError, "points must be float32 or float64"),
+    (lambda: nms((P * 8).long() - 2**62, 1.0), ValueError, r"integer coordinates must be smaller than 2\*\*62, got -46"),
+    (lambda: nms(P, 1.0, lengths=torch.tensor([9, 1])), ValueError, "centrality_nms: lengths must lie between 0 and 8"),
+    (lambda: nms(F, 1.0, offsets=OFF - 1), ValueError, "centrality_nms: offsets must start at 0"),
     # Groups.
     (lambda: group(P[0, 0], torch.tensor([0])), ValueError, "features must be"),
     (lambda: group(F, torch.tensor([0.0])), TypeError, "index must be an int64 or int32 tensor"),

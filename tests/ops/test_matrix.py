@@ -147,6 +147,19 @@ def three_nn(b: Batch) -> list[Tensor]:
     return b.rows(ops.three_nn_interpolate(b.query, b.points, features_of(b.points), **b.search), b.query_sizes)
 
 
+def nms(radius: float, cap: int | None = None, voxels: bool = False) -> Callable[[Batch], list[Tensor]]:
+    def run(b: Batch) -> list[Tensor]:
+        points = (b.points.nan_to_num(0, 0, 0) * 8).clamp(-(2**40), 2**40).to(torch.int64) if voxels else b.points
+        found = ops.centrality_nms(points, radius, max_neighbors=cap, **b.batching)
+        sizes = found.offsets.diff().tolist()
+        assert sum(sizes) == len(found.index) == found.keep.sum()
+        bases = b.offsets[:-1].tolist() if b.packed else [0] * b.count
+        kept = [part - base for part, base in zip(found.index.split(sizes), bases, strict=True)]
+        return [*kept, *b.rows(found.keep, b.sizes), *b.rows(found.count, b.sizes)]
+
+    return run
+
+
 OPERATORS: dict[str, Callable[[Batch], list[Tensor]]] = {
     "fps": sample(9),
     "fps_all": sample(100, random=5),
@@ -166,6 +179,10 @@ OPERATORS: dict[str, Callable[[Batch], list[Tensor]]] = {
     "radius": radius(0.5),
     "radius_everything": radius(float("inf"), exclude_self=True),
     "radius_per_query": radius(0),
+    "nms": nms(0.4),
+    "nms_capped": nms(1.1, 6),
+    "nms_of_everything": nms(float("inf"), 30),
+    "nms_of_voxels": nms(2.7, voxels=True),
     "group": group,
     "group_relative": relative(None),
     "group_relative_radius": relative(0.3),

@@ -72,6 +72,12 @@ def search_samples() -> dict[str, list[tuple]]:
     xg, yg, index = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.randint(-1, 9, (2, 5, 4))
     weight, empty = torch.rand(2, 5, 4), torch.zeros(0, 4, 3)
     return {
+        "centrality_nms": [
+            (x, torch.tensor([9, 0]), None, 0.5, 0, 100),
+            (x[0], None, offsets, INF, 0, 2),
+            ((x * 9).long(), None, None, 2.5, 7, 4),
+            (empty, None, None, 0.5, 0, 100),
+        ],
         "group_relative": [
             (x, y, index, None, 0.0),
             (xg, yg, index, torch.rand(2, 9, 2, requires_grad=True), 0.5),
