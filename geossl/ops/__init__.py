@@ -11,6 +11,7 @@ from geossl.ops.chamfer import chamfer_distance, chamfer_distance_packed, chamfe
 from geossl.ops.fps import farthest_point_sample
 from geossl.ops.grouping import group
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
+from geossl.ops.segments import scatter_reduce, segment_reduce
 
 __all__ = [
     "BallNeighbors",
@@ -26,4 +27,6 @@ __all__ = [
     "offsets_from_batch",
     "offsets_from_ends",
     "offsets_from_lengths",
+    "scatter_reduce",
+    "segment_reduce",
 ]
