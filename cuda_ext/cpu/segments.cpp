@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kBytesPerThread = int64_t{1} << 20;  // of rows that a thread is worth starting for
 constexpr int64_t kAhead = 12;                         // rows whose accumulators are fetched in advance
 
-// Row e belongs to segment index[e] (negative: none) or, without index, segment s has the rows splits[s] .. splits[s + 1].
+// Segment s has the rows splits[s] .. splits[s + 1] or, without splits, row e belongs to segment index[e] (negative: none).
 template <class T>
 struct Rows {
   const T* x;
@@ -23,7 +23,7 @@ struct Rows {
   // Calls body(row, segment) for the rows of segments s0 .. s1, in order.
   template <class F>
   GEOSSL_INLINE void each(int64_t s0, int64_t s1, const T* accumulators, F body) const {
-    if (!index) {
+    if (splits) {
       for (int64_t s = s0; s < s1; ++s)
         for (int64_t e = splits[s]; e < splits[s + 1]; ++e) body(e, s);
       return;
@@ -153,7 +153,7 @@ GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* lar
   r.each(s0, s1, total, AddExponential<T>{r.x, largest, total, out, r.channels});
   if (out) {
     r.each(s0, s1, total, DivideRow<T>{total, out, r.channels});
-    if (r.index && s0 == 0)
+    if (!r.splits && s0 == 0)
       for (int64_t e = 0; e < r.rows; ++e)
         if (r.index[e] < 0) std::fill(out + e * r.channels, out + (e + 1) * r.channels, T(0));
   } else {
@@ -185,7 +185,7 @@ GEOSSL_SIMD bool in_range(const int64_t* index, int64_t count, int64_t n) {
 
 bool valid(int64_t rows, int64_t channels, const int64_t* index, const int64_t* splits, int64_t size) {
   if (rows < 0 || channels < 0 || size < 0) return false;
-  if (index) return in_range(index, rows, size);
+  if (!splits) return in_range(index, rows, size);
   return splits[0] == 0 && splits[size] == rows && std::is_sorted(splits, splits + size + 1);
 }
 

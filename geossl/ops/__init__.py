@@ -12,9 +12,11 @@ from geossl.ops.fps import farthest_point_sample
 from geossl.ops.grouping import group
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
 from geossl.ops.segments import scatter_reduce, segment_reduce
+from geossl.ops.sparse import NeighborMap, neighbor_map
 
 __all__ = [
     "BallNeighbors",
+    "NeighborMap",
     "Neighbors",
     "ball_query",
     "chamfer_distance",
@@ -24,6 +26,7 @@ __all__ = [
     "group",
     "knn",
     "native_info",
+    "neighbor_map",
     "offsets_from_batch",
     "offsets_from_ends",
     "offsets_from_lengths",

@@ -60,6 +60,7 @@ def samples() -> dict[str, list[tuple]]:
         "chamfer_plain": [(x, y, lengths, None, None, None, "l2sq", "both")],
         "chamfer_backward": [(torch.rand(2), x, y, rows, None, None, None, None, "l2sq", "both")],
         **segments_samples(),
+        **sparse_samples(),
     }
 
 
@@ -78,6 +79,11 @@ def segments_samples() -> dict[str, list[tuple]]:
         "segment_softmax": forms,
         "segment_logsumexp": forms,
     }
+
+
+def sparse_samples() -> dict[str, list[tuple]]:
+    coords, three, one, two = torch.randperm(40).view(10, 4).int(), [3, 3, 3], [1, 1, 1], [2, 2, 2]
+    return {"neighbor_map": [(coords, three, one, one), (coords, [1, 2, 3], two, one), (coords[:0], three, two, one)]}
 
 
 def test_every_operator_is_checked():

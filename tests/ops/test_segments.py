@@ -247,8 +247,8 @@ def test_compile_any_size():
 X, INDEX = torch.rand(6, 2), torch.tensor([0, 1, 1, 2, -1, 0])
 segment, scatter = ops.segment_reduce, ops.scatter_reduce
 CASES = [
-    (lambda: scatter(X.long(), I, 3, "sum"), TypeError, "scatter_reduce: x must be a floating tensor .*int64"),
-    (lambda: scatter(X.sum(), I, 3, "sum"), TypeError, r"x must be a floating tensor \[M\] or \[M, ...\], got float32 \[\]"),
+    (lambda: scatter(X.long(), INDEX, 3, "sum"), TypeError, "scatter_reduce: x must be a floating tensor .*int64"),
+    (lambda: scatter(X.sum(), INDEX, 3, "sum"), TypeError, r"x must be a floating tensor \[M\] or \[M, ...\], got float32 \[\]"),
     (lambda: scatter(X, INDEX, 3, "avg"), ValueError, "unknown scatter_reduce reduction 'avg'.*Known: logsumexp, max"),
     (lambda: scatter(X, INDEX.float(), 3, "sum"), TypeError, "index must be an int64 or int32 tensor"),
     (lambda: scatter(X, INDEX[:4], 3, "sum"), ValueError, r"index must be \[M\], one per row of x = \[6\], got int64 \[4\]"),
