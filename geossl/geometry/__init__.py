@@ -11,6 +11,6 @@ Conventions, stated here once:
 * **Grids** are channels first, ``[B, C, X, Y, Z]``, z up.
 """
 
-from geossl.geometry.containers import Output, PackedPoints, PointBatch, Tokens
+from geossl.geometry.containers import Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
 
-__all__ = ["Output", "PackedPoints", "PointBatch", "Tokens"]
+__all__ = ["Output", "PackedPoints", "PointBatch", "SparseVoxelTokens", "Tokens"]

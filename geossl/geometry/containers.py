@@ -123,6 +123,97 @@ class Tokens(_Movable):
 
 
 @dataclass(frozen=True)
+class SparseVoxelTokens(_Movable):
+    """Features of the occupied voxels of a batch of grids.
+
+    Args:
+        feats: ``[V, C]``.
+        coords: Voxel of each row, ``[V, 4]`` int32 (batch, x, y, z), each voxel once.
+        spatial_shape: Cells of each grid along x, y, z; coordinates lie in ``0..shape - 1``.
+        batch_size: Number of grids.
+        voxel_size: Edge lengths of a cell (x, y, z) in metres, or None where positions do not matter.
+        origin: Position of the lower corner of cell (0, 0, 0) in metres.
+    """
+
+    feats: Tensor
+    coords: Tensor
+    spatial_shape: tuple[int, int, int]
+    batch_size: int
+    voxel_size: tuple[float, float, float] | None = None
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if self.coords.dim() != 2 or self.coords.shape[1] != 4 or self.coords.dtype != torch.int32:
+            raise ValueError(
+                f"SparseVoxelTokens: coords must be [V, 4] int32 (batch, x, y, z), got {list(self.coords.shape)} {self.coords.dtype}"
+            )
+        if self.feats.dim() != 2 or self.feats.shape[0] != self.coords.shape[0]:
+            raise ValueError(f"SparseVoxelTokens: feats must be [{self.coords.shape[0]}, C], got {list(self.feats.shape)}")
+        if len(self.spatial_shape) != 3 or min(self.spatial_shape) < 1 or self.batch_size < 0:
+            raise ValueError(
+                f"SparseVoxelTokens: spatial_shape must be three sizes of at least 1 and batch_size not negative, "
+                f"got {self.spatial_shape} and {self.batch_size}"
+            )
+        if self.voxel_size is not None and not min(self.voxel_size) > 0:
+            raise ValueError(f"SparseVoxelTokens: voxel_size must be positive, got {self.voxel_size}")
+        if not self.coords.is_cuda and not self.coords.is_meta and len(self.coords):  # on a GPU this would wait for it
+            limit = torch.tensor([self.batch_size, *self.spatial_shape])
+            wrong = ((self.coords < 0) | (self.coords >= limit)).any(1).nonzero().flatten()
+            if len(wrong):
+                raise ValueError(
+                    f"SparseVoxelTokens: coords must lie under (batch_size, *spatial_shape) = {limit.tolist()}, "
+                    f"but row {int(wrong[0])} is {self.coords[wrong[0]].tolist()}"
+                )
+
+    def __len__(self) -> int:
+        """Number of grids."""
+        return self.batch_size
+
+    @property
+    def offsets(self) -> Tensor:
+        """Rows of each grid as ``offsets [B + 1]`` int64; rows must be sorted by batch."""
+        batch = self.coords[:, 0].long()
+        if not batch.is_cuda and bool((batch.diff() < 0).any()):
+            raise ValueError("SparseVoxelTokens: offsets need rows sorted by batch; sort them by coords[:, 0] (stable) first")
+        return torch.searchsorted(batch.contiguous(), torch.arange(self.batch_size + 1, device=batch.device))
+
+    @property
+    def centers(self) -> Tensor:
+        """Centre of each voxel in metres, ``[V, 3]`` float32: ``origin + (coords + 0.5) * voxel_size``."""
+        if self.voxel_size is None:
+            raise ValueError("SparseVoxelTokens: centers need a voxel_size, which was not given")
+        cells = self.coords[:, 1:].double() + 0.5
+        return (cells * cells.new_tensor(self.voxel_size) + cells.new_tensor(self.origin)).float()
+
+    def to_dense(self) -> Tensor:
+        """Return the grids ``[B, C, X, Y, Z]``, 0 where there is no voxel. Differentiable."""
+        grid = self.feats.new_zeros(self.batch_size, *self.spatial_shape, self.feats.shape[1])
+        return grid.index_put(tuple(self.coords.long().unbind(1)), self.feats).movedim(-1, 1)
+
+    @classmethod
+    def from_dense(
+        cls,
+        grid: Tensor,
+        mask: Tensor | None = None,
+        voxel_size: tuple[float, float, float] | None = None,
+        origin: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ) -> SparseVoxelTokens:
+        """Take the voxels of ``grid [B, C, X, Y, Z]`` where ``mask [B, X, Y, Z]`` is True, or any channel is not 0. Differentiable.
+
+        Rows come in lexicographic order (batch, x, y, z).
+        """
+        if grid.dim() != 5:
+            raise ValueError(f"SparseVoxelTokens.from_dense: grid must be [B, C, X, Y, Z], got {list(grid.shape)}")
+        expected = (grid.shape[0], *grid.shape[2:])
+        if mask is None:
+            mask = (grid != 0).any(1)
+        elif mask.dtype != torch.bool or mask.shape != expected:
+            raise ValueError(f"SparseVoxelTokens.from_dense: mask must be bool {list(expected)}, got {mask.dtype} {list(mask.shape)}")
+        x, y, z = grid.shape[2:]
+        return cls(grid.movedim(1, -1)[mask], mask.nonzero().int(), (x, y, z), grid.shape[0], voxel_size, origin)
+
+
+@dataclass(frozen=True)
 class PointBatch(_Movable):
     """One batch of a point data set, as collated by :mod:`geossl.data` and consumed by methods and tasks.
 

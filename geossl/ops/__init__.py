@@ -14,10 +14,13 @@ from geossl.ops.interpolation import interpolate, three_nn_interpolate
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
 from geossl.ops.nms import CentralityNMS, centrality_nms
 from geossl.ops.radius import RadiusNeighbors, radius_search
+from geossl.ops.segments import scatter_reduce, segment_reduce
+from geossl.ops.sparse import NeighborMap, neighbor_map
 
 __all__ = [
     "BallNeighbors",
     "CentralityNMS",
+    "NeighborMap",
     "Neighbors",
     "RadiusNeighbors",
     "ball_query",
@@ -31,9 +34,12 @@ __all__ = [
     "interpolate",
     "knn",
     "native_info",
+    "neighbor_map",
     "offsets_from_batch",
     "offsets_from_ends",
     "offsets_from_lengths",
     "radius_search",
+    "scatter_reduce",
+    "segment_reduce",
     "three_nn_interpolate",
 ]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geossl.geometry import PackedPoints, PointBatch, Tokens
+from geossl.geometry import PackedPoints, PointBatch, SparseVoxelTokens, Tokens
 
 
 @given(lengths=st.lists(st.integers(0, 4), max_size=4), columns=st.integers(3, 5))
@@ -57,3 +57,43 @@ def test_a_batch_moves_whole_but_its_slots_stay_where_the_draws_are_made():
     assert {batch.points.coord.device.type, batch.points.feats.device.type, batch.label.device.type, batch.index.device.type} == {"meta"}
     assert batch.slot.device.type == "cpu"
     assert batch.global_size == 4
+
+
+def test_sparse_voxels_to_dense_and_back():
+    grid = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64) * (torch.rand(2, 1, 4, 5, 6) < 0.2)
+    tokens = SparseVoxelTokens.from_dense(grid, voxel_size=(1.0, 2.0, 0.5), origin=(-1.0, 0.0, 3.0))
+    assert torch.equal(tokens.to_dense(), grid)
+    assert tokens.spatial_shape == (4, 5, 6)
+    assert len(tokens) == 2
+    assert tokens.offsets.tolist() == [0, int((tokens.coords[:, 0] == 0).sum()), len(tokens.coords)]
+    b, x, y, z = tokens.coords.long().T
+    assert torch.equal(tokens.feats, grid[b, :, x, y, z])
+    torch.testing.assert_close(tokens.centers, torch.stack([x - 0.5, 2 * y + 1.0, z / 2 + 3.25], 1).float())
+    feats = tokens.feats.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: SparseVoxelTokens(f, tokens.coords, (4, 5, 6), 2).to_dense(), feats)
+    everything = SparseVoxelTokens.from_dense(grid, torch.ones(2, 4, 5, 6, dtype=torch.bool))
+    assert len(everything.coords) == 240
+    assert torch.equal(everything.to_dense(), grid)
+    moved = tokens.to("meta")
+    assert moved.feats.is_meta
+    assert moved.voxel_size == tokens.voxel_size
+
+
+def test_sparse_voxels_check_their_shapes():
+    coords = torch.tensor([[1, 0, 0, 3], [0, 1, 1, 1]], dtype=torch.int32)
+    feats = torch.rand(2, 3)
+    good = SparseVoxelTokens(feats, coords, (2, 2, 4), 2)
+    for make, message in (
+        (lambda: SparseVoxelTokens(feats, coords.long(), (2, 2, 4), 2), "coords must be .* int32"),
+        (lambda: SparseVoxelTokens(feats[:1], coords, (2, 2, 4), 2), r"feats must be \[2, C\]"),
+        (lambda: SparseVoxelTokens(feats, coords, (2, 0, 4), 2), "three sizes of at least 1"),
+        (lambda: SparseVoxelTokens(feats, coords, (2, 2, 3), 2), r"row 0 is \[1, 0, 0, 3\]"),
+        (lambda: SparseVoxelTokens(feats, coords, (2, 2, 4), 1), r"row 0 is"),
+        (lambda: SparseVoxelTokens(feats, coords, (2, 2, 4), 2, (1.0, 0.0, 1.0)), "voxel_size must be positive"),
+        (lambda: SparseVoxelTokens.from_dense(torch.rand(2, 2, 2)), r"grid must be \[B, C, X, Y, Z\]"),
+        (lambda: SparseVoxelTokens.from_dense(torch.rand(1, 1, 2, 2, 2), torch.ones(1, 2, 2, 2)), "mask must be bool"),
+        (lambda: good.offsets, "sorted by batch"),
+        (lambda: good.centers, "need a voxel_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()

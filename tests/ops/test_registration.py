@@ -63,6 +63,8 @@ def samples() -> dict[str, list[tuple]]:
             (x, y, lengths, None, None, None, "l2sq", "both"),
         ],
         "chamfer_backward": [(torch.rand(2), x, y, rows, None, None, None, None, "l2sq", "both")],
+        **segments_samples(),
+        **sparse_samples(),
     }
 
 
@@ -92,6 +94,28 @@ def search_samples() -> dict[str, list[tuple]]:
             (y, x, None, None, None, None, INF, torch.rand(2, 5), False),
         ],
     }
+
+
+def segments_samples() -> dict[str, list[tuple]]:
+    x, g = torch.rand(9, 3), torch.rand(9, 3, requires_grad=True)
+    index, splits, none, no_rows = (
+        torch.tensor([3, 0, -1, 1, 1, 0, 3, 3, 0]),
+        torch.tensor([0, 4, 4, 9]),
+        torch.rand(0, 3),
+        torch.zeros(4).long(),
+    )
+    forms = [(x, index, None, 4), (g, index, None, 4), (g, None, splits, 3), (none, None, no_rows, 3), (x.bfloat16(), None, splits, 3)]
+    return {
+        "segment_sum": [(*form, mean) for form in forms for mean in (False, True)],
+        "segment_extreme": [(*form, True, 2.0, True) for form in forms] + [(x, index, None, 4, False, 0.0, False)],
+        "segment_softmax": forms,
+        "segment_logsumexp": forms,
+    }
+
+
+def sparse_samples() -> dict[str, list[tuple]]:
+    coords, three, one, two = torch.randperm(40).view(10, 4).int(), [3, 3, 3], [1, 1, 1], [2, 2, 2]
+    return {"neighbor_map": [(coords, three, one, one), (coords, [1, 2, 3], two, one), (coords[:0], three, two, one)]}
 
 
 def test_every_operator_is_checked():

@@ -1,0 +1,275 @@
+// Reductions of rows that share a segment. Rows are visited in order, so that every sum has one order of additions; threads take ranges of
+// segments, which are independent of each other.
+#include <algorithm>
+#include <cstring>
+
+#include "exponential.h"
+#include "points.h"
+
+namespace geossl {
+namespace {
+
+constexpr int64_t kBytesPerThread = int64_t{1} << 20;  // of rows that a thread is worth starting for
+constexpr int64_t kAhead = 12;                         // rows whose accumulators are fetched in advance
+
+// Segment s has the rows splits[s] .. splits[s + 1] or, without splits, row e belongs to segment index[e] (negative: none).
+template <class T>
+struct Rows {
+  const T* x;
+  int64_t rows, channels;
+  const int64_t *index, *splits;
+  int64_t size;
+
+  // Calls body(row, segment) for the rows of segments s0 .. s1, in order.
+  template <class F>
+  GEOSSL_INLINE void each(int64_t s0, int64_t s1, const T* accumulators, F body) const {
+    if (splits) {
+      for (int64_t s = s0; s < s1; ++s)
+        for (int64_t e = splits[s]; e < splits[s + 1]; ++e) body(e, s);
+      return;
+    }
+    for (int64_t e = 0; e < rows; ++e) {
+      const int64_t s = index[e];
+      const int64_t next = index[e + kAhead < rows ? e + kAhead : e];
+      if (next >= s0 && next < s1) {
+        const char* line = reinterpret_cast<const char*>(accumulators + next * channels);
+        for (int64_t byte = 0; byte < std::min<int64_t>(channels * sizeof(T), 256); byte += 64) __builtin_prefetch(line + byte, 1);
+      }
+      if (s >= s0 && s < s1) body(e, s);
+    }
+  }
+};
+
+template <class T>
+struct AddRow {
+  const T* x;
+  T* out;
+  int64_t* count;
+  int64_t channels;
+  GEOSSL_INLINE void operator()(int64_t e, int64_t s) const {
+    const T* GEOSSL_RESTRICT from = x + e * channels;
+    T* GEOSSL_RESTRICT to = out + s * channels;
+    for (int64_t c = 0; c < channels; ++c) to[c] += from[c];
+    if (count) ++count[s];
+  }
+};
+
+template <class T>
+GEOSSL_INLINE void sum(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) {
+  std::fill(out + s0 * r.channels, out + s1 * r.channels, T(0));
+  if (count) std::fill(count + s0, count + s1, 0);
+  r.each(s0, s1, out, AddRow<T>{r.x, out, count, r.channels});
+  if (!count) return;
+  for (int64_t s = s0; s < s1; ++s)
+    for (int64_t c = 0; c < r.channels && count[s] > 1; ++c) out[s * r.channels + c] /= static_cast<T>(count[s]);
+}
+
+// A value replaces the best before it if it is better, or if it is the first NaN.
+template <bool largest, class T>
+GEOSSL_INLINE bool better(T value, T best) {
+  return (largest ? value > best : value < best) | ((value != value) & (best == best));
+}
+
+template <bool largest, class T, class A>
+struct KeepBest {
+  const T* x;
+  T* out;
+  A* arg;  // null: not wanted
+  uint8_t* seen;
+  int64_t channels;
+  GEOSSL_INLINE void operator()(int64_t e, int64_t s) const {
+    const T* GEOSSL_RESTRICT from = x + e * channels;
+    T* GEOSSL_RESTRICT to = out + s * channels;
+    A* GEOSSL_RESTRICT where = arg ? arg + s * channels : nullptr;
+    const A row = static_cast<A>(e);
+    if (!seen[s]) {
+      seen[s] = 1;
+      for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
+      for (int64_t c = 0; where && c < channels; ++c) where[c] = row;
+    } else if (where) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const bool take = better<largest>(from[c], to[c]);
+        to[c] = take ? from[c] : to[c];
+        where[c] = take ? row : where[c];
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) to[c] = better<largest>(from[c], to[c]) ? from[c] : to[c];
+    }
+  }
+};
+
+// Leaves the rows of empty segments alone. A is the type of `arg`, as wide as T so that both are compared in one go.
+template <bool largest, class T, class A>
+GEOSSL_INLINE void extreme(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {
+  std::fill(seen + s0, seen + s1, uint8_t{0});
+  r.each(s0, s1, out, KeepBest<largest, T, A>{r.x, out, arg, seen, r.channels});
+}
+
+template <class T>
+struct AddExponential {
+  const T *x, *shift;
+  T *total, *out;  // out: null for sums alone
+  int64_t channels;
+  GEOSSL_INLINE void operator()(int64_t e, int64_t s) const {
+    const T* GEOSSL_RESTRICT from = x + e * channels;
+    const T* GEOSSL_RESTRICT less = shift + s * channels;
+    T* GEOSSL_RESTRICT sum = total + s * channels;
+    if (out) {
+      T* GEOSSL_RESTRICT to = out + e * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        const T value = exponential(from[c] - less[c]);
+        to[c] = value;
+        sum[c] += value;
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) sum[c] += exponential(from[c] - less[c]);
+    }
+  }
+};
+
+template <class T>
+struct DivideRow {
+  const T* total;
+  T* out;
+  int64_t channels;
+  GEOSSL_INLINE void operator()(int64_t e, int64_t s) const {
+    const T* GEOSSL_RESTRICT by = total + s * channels;
+    T* GEOSSL_RESTRICT to = out + e * channels;
+    for (int64_t c = 0; c < channels; ++c) to[c] /= by[c];
+  }
+};
+
+// `largest` and `total` are scratch [size, channels]; `out` [rows, channels], null for sums alone.
+template <class T>
+GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {
+  extreme<true, T, int64_t>(r, s0, s1, largest, nullptr, seen);
+  const int64_t begin = s0 * r.channels, end = s1 * r.channels;
+  std::fill(total + begin, total + end, T(0));
+  if (!out) {  // as torch.logsumexp does: an infinite maximum is not subtracted
+    for (int64_t s = s0; s < s1; ++s)
+      for (int64_t i = s * r.channels; i < (s + 1) * r.channels; ++i)
+        if (!seen[s] || std::isinf(largest[i])) largest[i] = T(0);
+  }
+  r.each(s0, s1, total, AddExponential<T>{r.x, largest, total, out, r.channels});
+  if (out) {
+    r.each(s0, s1, total, DivideRow<T>{total, out, r.channels});
+    if (!r.splits && s0 == 0)
+      for (int64_t e = 0; e < r.rows; ++e)
+        if (r.index[e] < 0) std::fill(out + e * r.channels, out + (e + 1) * r.channels, T(0));
+  } else {
+    for (int64_t i = begin; i < end; ++i) total[i] = largest[i] + logarithm(total[i]);
+  }
+}
+
+// Clones for several instruction sets are made of functions, not of templates.
+#define CLONES(T, A)                                                                                                                     \
+  GEOSSL_SIMD void sum_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) { sum(r, s0, s1, out, count); }          \
+  GEOSSL_SIMD void max_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
+    extreme<true>(r, s0, s1, out, arg, seen);                                                                                            \
+  }                                                                                                                                      \
+  GEOSSL_SIMD void min_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
+    extreme<false>(r, s0, s1, out, arg, seen);                                                                                           \
+  }                                                                                                                                      \
+  GEOSSL_SIMD void exponentials_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {           \
+    exponentials(r, s0, s1, largest, total, seen, out);                                                                                  \
+  }
+CLONES(float, int32_t)
+CLONES(double, int64_t)
+#undef CLONES
+
+GEOSSL_SIMD bool in_range(const int64_t* index, int64_t count, int64_t n) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong |= (index[i] < -1) | (index[i] >= n);
+  return wrong == 0;
+}
+
+bool valid(int64_t rows, int64_t channels, const int64_t* index, const int64_t* splits, int64_t size) {
+  if (rows < 0 || channels < 0 || size < 0) return false;
+  if (!splits) return in_range(index, rows, size);
+  return splits[0] == 0 && splits[size] == rows && std::is_sorted(splits, splits + size + 1);
+}
+
+// Calls f(s0, s1) on ranges of segments.
+template <class T, class F>
+void split_segments(int threads, const Rows<T>& r, F&& f) {
+  const int64_t bytes = (r.rows * r.channels + 1) * static_cast<int64_t>(sizeof(T));
+  parallel_for(threads, r.size, std::max<int64_t>(1, r.size / std::max<int64_t>(1, bytes / kBytesPerThread)), f);
+}
+
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
+}
+
+}  // namespace
+}  // namespace geossl
+
+// See geossl/ops/segments.py for the arguments of all. The two unused pointers are the inverse map of the CUDA kernels.
+GEOSSL_API int geossl_segment_sum_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
+                                      const int64_t* splits, const int64_t*, int64_t size, void* out, int64_t* count) {
+  using namespace geossl;
+  if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    split_segments(threads, r, [&](int64_t s0, int64_t s1) { sum_clone(r, s0, s1, static_cast<T*>(out), count); });
+    return int{GEOSSL_OK};
+  });
+}
+
+GEOSSL_API int geossl_segment_extreme_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
+                                          const int64_t* splits, const int64_t*, int64_t size, int largest, double fill, void* out,
+                                          int64_t* arg) {
+  using namespace geossl;
+  if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
+  if (rows > std::numeric_limits<int32_t>::max() && arg && !is_double) return GEOSSL_TOO_LARGE;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    const auto seen = scratch<uint8_t>(size);
+    const auto narrow = scratch<Bits<T>>(arg ? size * channels : 0);  // row numbers as wide as T
+    T* values = static_cast<T*>(out);
+    split_segments(threads, r, [&](int64_t s0, int64_t s1) {
+      if (largest) max_clone(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
+      else min_clone(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
+      for (int64_t s = s0; s < s1; ++s) {
+        if (!seen[s]) std::fill(values + s * channels, values + (s + 1) * channels, static_cast<T>(fill));
+        for (int64_t i = s * channels; arg && i < (s + 1) * channels; ++i) arg[i] = seen[s] ? narrow[i] : -1;
+      }
+    });
+    return int{GEOSSL_OK};
+  });
+}
+
+GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
+                                          const int64_t* splits, const int64_t*, int64_t size, void* out) {
+  using namespace geossl;
+  if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    const auto largest = scratch<T>(size * channels), total = scratch<T>(size * channels);
+    const auto seen = scratch<uint8_t>(size);
+    T* to = static_cast<T*>(out);
+    if (size == 0) std::fill(to, to + rows * channels, T(0));
+    split_segments(threads, r,
+                   [&](int64_t s0, int64_t s1) { exponentials_clone(r, s0, s1, largest.get(), total.get(), seen.get(), to); });
+    return int{GEOSSL_OK};
+  });
+}
+
+GEOSSL_API int geossl_segment_logsumexp_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
+                                            const int64_t* splits, const int64_t*, int64_t size, void* out) {
+  using namespace geossl;
+  if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
+  return for_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    const auto largest = scratch<T>(size * channels);
+    const auto seen = scratch<uint8_t>(size);
+    split_segments(threads, r, [&](int64_t s0, int64_t s1) {
+      exponentials_clone(r, s0, s1, largest.get(), static_cast<T*>(out), seen.get(), static_cast<T*>(nullptr));
+    });
+    return int{GEOSSL_OK};
+  });
+}
