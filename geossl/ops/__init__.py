@@ -11,14 +11,17 @@ from geossl.ops.chamfer import chamfer_distance, chamfer_distance_packed, chamfe
 from geossl.ops.fps import farthest_point_sample
 from geossl.ops.grouping import group
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
+from geossl.ops.voxels import VoxelMap, devoxelize, voxel_reduce, voxelize
 
 __all__ = [
     "BallNeighbors",
     "Neighbors",
+    "VoxelMap",
     "ball_query",
     "chamfer_distance",
     "chamfer_distance_packed",
     "chamfer_distance_patches",
+    "devoxelize",
     "farthest_point_sample",
     "group",
     "knn",
@@ -26,4 +29,6 @@ __all__ = [
     "offsets_from_batch",
     "offsets_from_ends",
     "offsets_from_lengths",
+    "voxel_reduce",
+    "voxelize",
 ]
