@@ -59,9 +59,7 @@ _heads_cuda = _native.function("cuda", "geossl_voxel_heads_cuda", INT, PTR, INT,
 # wide, keys, rows, count, total, numbers, starts, firsts
 _starts_cuda = _native.function("cuda", "geossl_voxel_starts_cuda", INT, PTR, INT, PTR, PTR, INT64, INT64, PTR, PTR, PTR)
 # wide, keys, rows, count, total, numbers, starts, rank, row_splits, inverse, perm
-_fill_cuda = _native.function(
-    "cuda", "geossl_voxel_fill_cuda", INT, PTR, INT, PTR, PTR, INT64, INT64, PTR, PTR, PTR, PTR, PTR, PTR
-)
+_fill_cuda = _native.function("cuda", "geossl_voxel_fill_cuda", INT, PTR, INT, PTR, PTR, INT64, INT64, PTR, PTR, PTR, PTR, PTR, PTR)
 # clouds, grid, perm, row_splits, voxels, coords
 _coords_cuda = _native.function("cuda", "geossl_voxel_coords_cuda", INT, PTR, *_CLOUDS, PTR, PTR, PTR, INT64, PTR)
 # dtype, features, rows, channels, inverse, perm, row_splits, voxels, reduce, out, arg
@@ -200,9 +198,7 @@ def _voxelize_cuda(
     rows, by_key = (torch.empty(count, dtype=row_type, device=device) for _ in range(2))
     curve = ("lexicographic", "morton", "hilbert").index(order) if order != "first" else 0
     bounds = bounds.contiguous()
-    _keys_cuda(
-        *place, *clouds, grid.data_ptr(), bounds.data_ptr(), frames.data_ptr(), curve, total, wide, keys.data_ptr(), rows.data_ptr()
-    )
+    _keys_cuda(*place, *clouds, grid.data_ptr(), bounds.data_ptr(), frames.data_ptr(), curve, total, wide, keys.data_ptr(), rows.data_ptr())
     size = torch.zeros(1, dtype=torch.int64)  # of the temporary memory; stays on the host
     pairs = (keys.data_ptr(), ordered.data_ptr(), rows.data_ptr(), by_key.data_ptr(), count, total.bit_length())
     _sort_cuda(*place, wide, None, size.data_ptr(), *pairs)
@@ -269,7 +265,9 @@ _voxelize = _dispatch.define(
 def _three(op: str, name: str, value: Any) -> tuple[float, float, float]:
     """Check a number or three, for x, y and z."""
     try:
-        numbers = tuple(float(v) for v in value) if isinstance(value, (Sequence, Tensor)) and not isinstance(value, str) else (float(value),) * 3
+        numbers = (
+            tuple(float(v) for v in value) if isinstance(value, (Sequence, Tensor)) and not isinstance(value, str) else (float(value),) * 3
+        )
     except (TypeError, ValueError):
         raise TypeError(f"{op}: {name} must be a number or three of them (x, y, z), got {_checks.describe(value)}") from None
     if len(numbers) != 3:
@@ -352,9 +350,7 @@ def voxelize(
 # Features ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _reduce_native(
-    kind: Any, features: Tensor, inverse: Tensor, perm: Tensor, row_splits: Tensor, reduce: str
-) -> tuple[Tensor, Tensor]:
+def _reduce_native(kind: Any, features: Tensor, inverse: Tensor, perm: Tensor, row_splits: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
     dtype = features.dtype
     features = (features if dtype == torch.float64 else features.float()).contiguous()
     inverse, perm, row_splits = inverse.contiguous(), perm.contiguous(), row_splits.contiguous()
@@ -437,7 +433,7 @@ def voxel_reduce(features: Tensor, voxel_map: VoxelMap, reduce: Literal["mean", 
     _checks.same_device("voxel_reduce", "features", features, voxel_map.inverse)
     if reduce not in REDUCTIONS:
         raise unknown_name("voxel_reduce reduction", reduce, REDUCTIONS)
-    flat = features.reshape(-1, features.shape[-1])
+    flat = features.flatten(0, -2)
     return _reduce(flat, voxel_map.inverse.reshape(-1), voxel_map.perm, voxel_map.row_splits, reduce)[0]
 
 

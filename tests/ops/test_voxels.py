@@ -53,7 +53,9 @@ def check_invariants(points: torch.Tensor, found: VoxelMap) -> None:
     assert bool((found.counts >= 1).all())
     assert torch.equal(inverse[found.perm], torch.repeat_interleave(found.counts))
     assert int((inverse >= 0).sum()) == len(found.perm)
-    cells = torch.floor((flat.double() - torch.tensor(found.origin, dtype=torch.float64)) / torch.tensor(found.voxel_size, dtype=torch.float64))
+    cells = torch.floor(
+        (flat.double() - torch.tensor(found.origin, dtype=torch.float64)) / torch.tensor(found.voxel_size, dtype=torch.float64)
+    )
     assert torch.equal(cells[found.perm].int(), found.coords[inverse[found.perm], 1:])
     assert len(torch.unique(found.coords, dim=0)) == len(found.coords)
     inside = torch.repeat_interleave(found.counts)
@@ -289,7 +291,9 @@ def test_trilinear_is_linear_between_centres(backend):
     torch.testing.assert_close(ops.devoxelize(field, found, points, "trilinear"), points @ torch.tensor([[1.0], [2.0], [-3.0]]))
     far = torch.tensor([[[9.0, 9, 9], [torch.nan, 0, 0], [1e30, 0, 0]]])
     assert torch.equal(ops.devoxelize(field, found, far, "trilinear"), torch.zeros(1, 3, 1))
-    assert torch.equal(ops.devoxelize(torch.full((27, 1), 2.0), found, torch.tensor([[[-0.1, 0.3, 0.3]]]), "trilinear"), torch.full((1, 1, 1), 2.0))
+    assert torch.equal(
+        ops.devoxelize(torch.full((27, 1), 2.0), found, torch.tensor([[[-0.1, 0.3, 0.3]]]), "trilinear"), torch.full((1, 1, 1), 2.0)
+    )
 
 
 P, F = torch.rand(2, 8, 3), torch.rand(2, 8, 4)
@@ -327,7 +331,7 @@ def test_wrong_arguments(backend, number):
         call()
 
 
-def test_compile_autocast_and_strides(backend):
+def test_compile_autocast_and_strides():
     def run(points, features):
         found = ops.voxelize(points, 0.4)
         mean = ops.voxel_reduce(features, found)

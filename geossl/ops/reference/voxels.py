@@ -138,5 +138,3 @@ def voxel_corners(
         total = total + weights[:, k]
     weights = torch.where(total.unsqueeze(1) > 0, weights / total.unsqueeze(1), 0.0)
     return index.view(*points.shape[:-1], 8), weights.to(points.dtype).view(*points.shape[:-1], 8)
-
-
