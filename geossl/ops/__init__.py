@@ -16,6 +16,7 @@ from geossl.ops.nms import CentralityNMS, centrality_nms
 from geossl.ops.radius import RadiusNeighbors, radius_search
 from geossl.ops.segments import scatter_reduce, segment_reduce
 from geossl.ops.sparse import NeighborMap, neighbor_map
+from geossl.ops.voxels import VoxelMap, devoxelize, voxel_reduce, voxelize
 
 __all__ = [
     "BallNeighbors",
@@ -23,11 +24,13 @@ __all__ = [
     "NeighborMap",
     "Neighbors",
     "RadiusNeighbors",
+    "VoxelMap",
     "ball_query",
     "centrality_nms",
     "chamfer_distance",
     "chamfer_distance_packed",
     "chamfer_distance_patches",
+    "devoxelize",
     "farthest_point_sample",
     "group",
     "group_relative",
@@ -42,4 +45,6 @@ __all__ = [
     "scatter_reduce",
     "segment_reduce",
     "three_nn_interpolate",
+    "voxel_reduce",
+    "voxelize",
 ]

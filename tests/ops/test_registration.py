@@ -65,6 +65,30 @@ def samples() -> dict[str, list[tuple]]:
         "chamfer_backward": [(torch.rand(2), x, y, rows, None, None, None, None, "l2sq", "both")],
         **segments_samples(),
         **sparse_samples(),
+        **voxels_samples(),
+    }
+
+
+def voxels_samples() -> dict[str, list[tuple]]:
+    points, flat, size, origin = torch.rand(2, 9, 3), torch.rand(9, 3), [0.4] * 3, [0.0] * 3
+    everywhere, inside = [-INF] * 3 + [INF] * 3, [0.1] * 3 + [0.8] * 3
+    found = ops.voxelize(flat, 0.4, offsets=torch.tensor([0, 4, 9]))
+    features = torch.rand(9, 4)
+    index = (found.inverse, found.perm, found.row_splits)
+    return {
+        "voxelize": [
+            (points, None, None, size, origin, everywhere, "lexicographic", 100),
+            (points, torch.tensor([9, 0]), None, size, origin, inside, "hilbert", 1),
+            (flat, None, torch.tensor([0, 4, 9]), size, origin, everywhere, "first", 2),
+        ],
+        "voxel_reduce": [
+            *((features, *index, reduce) for reduce in ("sum", "max")),
+            *((features.clone().requires_grad_(), *index, reduce) for reduce in ("sum", "mean", "max", "min")),
+        ],
+        "voxel_corners": [
+            (points, torch.tensor([9, 3]), None, found.coords, size, origin),
+            (flat, None, torch.tensor([0, 4, 9]), found.coords, size, origin),
+        ],
     }
 
 
