@@ -31,7 +31,7 @@ def voxels(inputs, kind: str, batch: int = 2) -> Tensor:
     for b, cloud in enumerate(inputs.make_clouds(kind, (70,) * batch)):
         cloud = cloud[cloud.isfinite().all(1)]
         size = float((cloud.amax(0) - cloud.amin(0)).clamp(max=1e3).max()) / 6 + 1e-9
-        cells = ((cloud - cloud[0]) / size).floor().clamp(-1e9, 1e9).int()
+        cells = ((cloud - cloud[0]) / size).floor().clamp(-1e6, 1e6).int()  # three axes of more cells would not fit 63 bits
         parts.append(torch.cat([torch.full((len(cells), 1), 3 * b - 1, dtype=torch.int32), cells], 1))
     found = torch.unique(torch.cat(parts), dim=0)
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
