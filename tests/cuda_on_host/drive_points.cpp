@@ -169,8 +169,9 @@ void small() {
   for (int norm : {0, 1, 2})
     for (int direction : {0, 1, 2}) chamfer<T>(17, 33, 3, norm, direction, "chamfer of patches");
   chamfer<T>(130, 270, 3, 0, 0, "chamfer, tiled");
-  for (int64_t channels : {1, 2, 4, 5, 40})
-    for (int norm : {0, 1, 2}) chamfer<T>(70, 9, channels, norm, 0, "chamfer of other numbers of channels");
+  chamfer<T>(70, 9, 1, 0, 1, "chamfer of one channel");
+  chamfer<T>(70, 9, 5, 2, 0, "chamfer of five channels");
+  chamfer<T>(9, 70, 40, 1, 2, "chamfer of forty channels");
   chamfer<T>(9, 33, 4, 1, 2, "chamfer of patches of four channels");
 }
 

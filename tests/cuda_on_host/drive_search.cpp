@@ -113,8 +113,8 @@ void all() {
   radius_search<T>(5, 130, kInfinity, 0, "radius search of everything");
   radius_search<T>(3, 300, 0.9, 0, "radius search, long rows");
   for (int64_t channels : {1, 5, 33}) neighborhoods<T>(channels, "relative neighbourhoods and interpolation");
-  suppress<T>(90, 0.3, 1000, "suppression");
-  suppress<T>(90, 0.6, 7, "suppression with a limit");
+  suppress<T>(90, 0.6, 1000, "suppression");
+  suppress<T>(40, 0.6, 7, "suppression with a limit");
   suppress<T>(40, kInfinity, 1000, "suppression of everything");
 }
 
@@ -140,8 +140,8 @@ void large() {
 void run() {
   all<float>();
   all<double>();
-  suppress<int64_t>(120, 2.3, 1000, "suppression of voxels");
-  suppress<int64_t>(120, 4, 9, "suppression of voxels with a limit");
+  suppress<int64_t>(90, 5, 1000, "suppression of voxels");
+  suppress<int64_t>(40, 6, 9, "suppression of voxels with a limit");
   large();
 }
 const Suite suite{&run};
