@@ -316,7 +316,8 @@ def voxelize(
             other points, and equal coordinates mean equal places in all clouds and calls.
         range: ``((x0, y0, z0), (x1, y1, z1))``: points outside ``low <= p < high`` are dropped.
         order: Order of voxels within a cloud; clouds follow each other. "lexicographic": by x, then y, then z. "morton" and "hilbert":
-            along that curve through the cells counted from the cloud's lowest one, x in the highest bit of each triple; for models that cut the
+            along that curve through the cells counted from the cloud's lowest one, x in the highest bit of each triple; for
+            models that cut the
             sequence into pieces. "first": by the first point of each voxel. All but "first" do not depend on the order of points.
         max_points: Points a voxel keeps at most, those with the lowest rows; None keeps all.
 
