@@ -14,6 +14,7 @@ constexpr int64_t kGrain = int64_t{1} << 16;  // rows a thread is worth starting
 constexpr int64_t kChunk = 512;               // points whose coordinates stay in the first-level cache
 constexpr int64_t kTablePerRow = 4;           // keys per row up to which a table beats sorting
 constexpr int64_t kSmallTable = 4096;
+constexpr int64_t kAhead = 16;  // rows between asking for the place of a point and writing it
 constexpr int kDigit = 11;  // bits a pass of the radix sort
 
 int pieces_of(int threads, int64_t rows) { return static_cast<int>(std::clamp<int64_t>(rows / kGrain, 1, std::clamp(threads, 1, 64))); }
@@ -247,13 +248,14 @@ struct ByTable {
     for_pieces(job.pieces, [&](int piece) {
       Entry* entries = of_piece(piece);
       const bool capped = job.cap < job.rows;
-      for (int64_t row = job.row_of(piece); row < job.row_of(piece + 1); ++row) {
+      const int64_t begin = job.row_of(piece), end = job.row_of(piece + 1);
+      for (int64_t row = begin; row < end; ++row) out.inverse[row] = int64_t{entries[keys[row]].number} - 1;
+      for (int64_t row = begin; row < end; ++row) {
+        if (row + kAhead < end) __builtin_prefetch(out.perm + entries[keys[row + kAhead]].count, 1);
         Entry& entry = entries[keys[row]];
-        const int64_t v = int64_t{entry.number} - 1;
-        out.inverse[row] = v;
-        if (v < 0) continue;
+        if (!entry.number) continue;
         const int64_t at = entry.count++;
-        if (capped && at >= out.row_splits[v + 1]) out.inverse[row] = -1;
+        if (capped && at >= out.row_splits[entry.number]) out.inverse[row] = -1;
         else out.perm[at] = row;
       }
     });
@@ -421,19 +423,25 @@ void with_method(const Job<T>& job, void* scratch, F&& f) {
   else f(BySort<T, Wide>(job, scratch, bits, 0));
 }
 
-// The cells of voxels, from the first point of each; voxels are sorted by cloud.
+// The cells of voxels v0 .. v1, from the first point of each; voxels are sorted by cloud.
 template <class T>
-void write_coords(const Job<T>& job, int64_t voxels, const Outputs& out) {
-  parallel_for(job.pieces, voxels, kGrain, [&](int64_t v0, int64_t v1) {
-    int64_t b = v0 < v1 ? job.clouds.cloud_of(out.perm[out.row_splits[v0]]) : 0;
-    for (int64_t v = v0; v < v1; ++v) {
-      const int64_t row = out.perm[out.row_splits[v]];
-      while (b + 1 < job.clouds.batch && row >= job.clouds.begin(b + 1)) ++b;
-      out.coords[4 * v] = static_cast<int32_t>(b);
-      for (int axis = 0; axis < 3; ++axis)
-        out.coords[4 * v + 1 + axis] = static_cast<int32_t>(job.grid.cell(static_cast<double>(job.points[3 * row + axis]), axis));
-    }
-  });
+GEOSSL_INLINE void coords_loop(const T* points, const Clouds& clouds, const VoxelGrid& grid, int64_t v0, int64_t v1, const Outputs& out) {
+  int64_t b = v0 < v1 ? clouds.cloud_of(out.perm[out.row_splits[v0]]) : 0;
+  for (int64_t v = v0; v < v1; ++v) {
+    if (v + kAhead < v1) __builtin_prefetch(points + 3 * out.perm[out.row_splits[v + kAhead]]);
+    const int64_t row = out.perm[out.row_splits[v]];
+    while (b + 1 < clouds.batch && row >= clouds.begin(b + 1)) ++b;
+    int32_t* to = out.coords + 4 * v;
+    to[0] = static_cast<int32_t>(b);
+    for (int axis = 0; axis < 3; ++axis)
+      to[1 + axis] = static_cast<int32_t>(__builtin_floor((static_cast<double>(points[3 * row + axis]) - grid.origin[axis]) / grid.size[axis]));
+  }
+}
+GEOSSL_SIMD void write_coords(const float* points, const Clouds& clouds, const VoxelGrid& grid, int64_t v0, int64_t v1, const Outputs& out) {
+  coords_loop(points, clouds, grid, v0, v1, out);
+}
+GEOSSL_SIMD void write_coords(const double* points, const Clouds& clouds, const VoxelGrid& grid, int64_t v0, int64_t v1, const Outputs& out) {
+  coords_loop(points, clouds, grid, v0, v1, out);
 }
 
 template <class T>
@@ -501,7 +509,8 @@ GEOSSL_API int geossl_voxel_fill_cpu(int threads, int is_double, const void* poi
     const auto job = make_job<T>(threads, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
     const Outputs out{coords, inverse, counts, row_splits, perm};
     with_method(job, scratch, [&](auto method) { method.fill(voxels, out); });
-    write_coords(job, voxels, out);
+    parallel_for(job.pieces, voxels, kGrain,
+                 [&](int64_t v0, int64_t v1) { write_coords(job.points, job.clouds, job.grid, v0, v1, out); });
     return int{GEOSSL_OK};
   });
 }

@@ -111,8 +111,8 @@ def _number_cells(bounds: Tensor, size: list[float], origin: list[float], order:
     if not bool((cells.abs() <= _LAST_CELL).all()):
         cloud = int((~(cells.abs() <= _LAST_CELL)).flatten(1).any(1).nonzero()[0])
         raise ValueError(
-            f"voxelize: points of cloud {cloud} reach from {box[cloud, 0].tolist()} to {box[cloud, 1].tolist()}; with voxel_size {size} and "
-            f"origin {origin} their cells go beyond int32. Use larger voxels, or drop far points with range="
+            f"voxelize: points of cloud {cloud} reach from {box[cloud, 0].tolist()} to {box[cloud, 1].tolist()}; with voxel_size {size} "
+            f"and origin {origin} their cells go beyond int32. Use larger voxels, or drop far points with range="
         )
     low, extent = cells[:, 0].long(), (cells[:, 1] - cells[:, 0] + 1) * used.unsqueeze(1)
     curve = order in ("morton", "hilbert")
@@ -156,12 +156,11 @@ def _voxelize_native(
     return run(points, clouds, _doubles(size, origin), bounds, frames.to(points.device), total, order, max_points)
 
 
-def _outputs(points: Tensor, voxels: int, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate coords, inverse, counts, row_splits and perm."""
-    whole = {"dtype": torch.int64, "device": points.device}
-    coords = torch.empty(voxels, 4, dtype=torch.int32, device=points.device)
-    inverse = torch.empty(points.shape[:-1], **whole)
-    return coords, inverse, torch.empty(voxels, **whole), torch.empty(voxels + 1, **whole), torch.empty(kept, **whole)
+def _outputs(points: Tensor, voxels: Any, kept: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate coords, inverse, counts, row_splits and perm; the sizes may be symbolic."""
+    sizes: tuple[Any, ...] = (points.shape[:-1], (voxels,), (voxels + 1,), (kept,))
+    inverse, counts, row_splits, perm = (points.new_empty(size, dtype=torch.int64) for size in sizes)
+    return points.new_empty((voxels, 4), dtype=torch.int32), inverse, counts, row_splits, perm
 
 
 def _voxelize_cpu(
@@ -245,12 +244,7 @@ def _voxelize_twin(
 
 def _voxelize_fake(points: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     context = torch.library.get_ctx()
-    voxels, kept = context.new_dynamic_size(), context.new_dynamic_size()
-    whole = {"dtype": torch.int64}
-    return (
-        points.new_empty(voxels, 4, dtype=torch.int32), points.new_empty(points.shape[:-1], **whole), points.new_empty(voxels, **whole),
-        points.new_empty(voxels + 1, **whole), points.new_empty(kept, **whole),
-    )  # fmt: skip
+    return _outputs(points, context.new_dynamic_size(), context.new_dynamic_size())
 
 
 _voxelize = _dispatch.define(
@@ -272,7 +266,7 @@ def _three(op: str, name: str, value: Any) -> tuple[float, float, float]:
         raise TypeError(f"{op}: {name} must be a number or three of them (x, y, z), got {_checks.describe(value)}") from None
     if len(numbers) != 3:
         raise ValueError(f"{op}: {name} must be a number or three of them (x, y, z), got {len(numbers)}")
-    return numbers
+    return numbers[0], numbers[1], numbers[2]
 
 
 def _grid(op: str, voxel_size: Any, origin: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -321,8 +315,9 @@ def voxelize(
         origin: Corner of cell (0, 0, 0); the default is (0, 0, 0) and not the lowest point, so that a point's voxel does not depend on the
             other points, and equal coordinates mean equal places in all clouds and calls.
         range: ``((x0, y0, z0), (x1, y1, z1))``: points outside ``low <= p < high`` are dropped.
-        order: Order of voxels within a cloud; clouds follow each other. "lexicographic": by x, then y, then z. "morton" and "hilbert": along
-            that curve through the cells counted from the cloud's lowest one, x in the highest bit of each triple; for models that cut the
+        order: Order of voxels within a cloud; clouds follow each other. "lexicographic": by x, then y, then z. "morton" and "hilbert":
+            along that curve through the cells counted from the cloud's lowest one, x in the highest bit of each triple; for
+            models that cut the
             sequence into pieces. "first": by the first point of each voxel. All but "first" do not depend on the order of points.
         max_points: Points a voxel keeps at most, those with the lowest rows; None keeps all.
 
@@ -330,8 +325,8 @@ def voxelize(
         A :class:`VoxelMap`. Points that are invalid (NaN, infinite), out of range or beyond ``max_points`` have inverse -1.
 
     Raises:
-        ValueError: arguments do not fit together; a cell leaves -(2^31 - 1) .. 2^31 - 1; or the numbers of all cells within the bounds of all
-            clouds take more than 63 bits ("morton" and "hilbert": the bounding cube, up to 20 bits an axis).
+        ValueError: arguments do not fit together; a cell leaves -(2^31 - 1) .. 2^31 - 1; or the numbers of all cells within the bounds of
+            all clouds take more than 63 bits ("morton" and "hilbert": the bounding cube, up to 20 bits an axis).
 
     Example:
         >>> voxelize(torch.tensor([[[0.1, 0.0, 0.0], [-0.1, 0.0, 0.0], [0.2, 0.0, 0.0]]]), 1.0).coords
@@ -344,7 +339,8 @@ def voxelize(
     if order not in ORDERS:
         raise unknown_name("voxelize order", order, ORDERS)
     limit = 2**63 - 1 if max_points is None else _checks.positive("voxelize", "max_points", max_points)
-    return VoxelMap(*_voxelize(points, lengths, offsets, list(size), list(corner), _within(range), order, limit), size, corner)
+    coords, inverse, counts, row_splits, perm = _voxelize(points, lengths, offsets, list(size), list(corner), _within(range), order, limit)
+    return VoxelMap(coords, inverse, counts, row_splits, perm, size, corner)
 
 
 # Features ---------------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def hilbert(x: Tensor, y: Tensor, z: Tensor, bits: int) -> Tensor:
     flip = torch.zeros_like(x)
     for bit in range(bits - 1, 0, -1):
         flip = torch.where((axes[2] >> bit & 1).bool(), flip ^ ((1 << bit) - 1), flip)
-    return interleave(*(axis ^ flip for axis in axes), bits)
+    return interleave(axes[0] ^ flip, axes[1] ^ flip, axes[2] ^ flip, bits)
 
 
 def sort_keys(cells: Tensor, order: str) -> Tensor:
@@ -52,7 +52,8 @@ def sort_keys(cells: Tensor, order: str) -> Tensor:
         return cells
     relative = cells - cells.amin(0)
     bits = int(relative.max()).bit_length()
-    code = (interleave if order == "morton" else hilbert)(*relative.unbind(1), bits)
+    x, y, z = relative.unbind(1)
+    code = (interleave if order == "morton" else hilbert)(x, y, z, bits)
     return torch.stack([code, torch.zeros_like(code), torch.zeros_like(code)], dim=1)
 
 
