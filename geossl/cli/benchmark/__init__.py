@@ -10,6 +10,7 @@ Writes a JSON list of rows and prints a table; docs/benchmarks.md says what a ro
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import os
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_suite(suite: str, config: BenchmarkConfig) -> list[Any]:
     """Measure all rows of a suite that ``config.rows`` matches; returns :class:`geossl.cli.benchmark.row.Row` objects."""
+    from geossl.cli.benchmark.bars import BARS
     from geossl.cli.benchmark.measure import measure
 
     with tempfile.TemporaryDirectory(prefix="geossl_benchmark_") as folder:
@@ -87,10 +89,18 @@ def run_suite(suite: str, config: BenchmarkConfig) -> list[Any]:
         wanted = fnmatch.filter(found, config.rows)
         if not wanted:
             raise ConfigError(f"rows: no row of the {suite} benchmark matches {config.rows!r}; there are: {', '.join(found)}")
-        rows = []
+        rows: list[Any] = []
+        lost: dict[str, set[str]] = {}  # peers not to be asked again on further kinds of cloud, by name without the kind
         for name in wanted:
             print(f"measuring {name}", file=sys.stderr, flush=True)
-            rows.append(measure(suite, name, found[name](), *((2, 0.001) if config.quick else (config.repeats,))))
+            case = found[name]()
+            group = name.removesuffix(f"/{case.cloud}")
+            peers = {title: run for title, run in case.peers.items() if title not in lost.get(group, ())}
+            row = measure(suite, name, dataclasses.replace(case, peers=peers), *((2, 0.001) if config.quick else (config.repeats,)))
+            lost.setdefault(group, set()).update(peer.name for peer in row.peers if case.cloud and peer.repeats == 1)
+            if bar := BARS.get(group):
+                row.bar, row.aim = bar.mean, bar.aim
+            rows.append(row)
     return rows
 
 
@@ -118,10 +128,15 @@ def _cases(suite: str, config: BenchmarkConfig, folder: Path) -> dict[str, Calla
 def _show(rows: list[Any]) -> None:
     from rich.console import Console
 
+    from geossl.cli.benchmark.bars import groups_of, table_of_bars, table_of_growth
     from geossl.cli.benchmark.row import table_of
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table_of(rows))
+    if groups := groups_of(rows):
+        console.print(table_of_bars(groups))
+        if growth := table_of_growth(groups):
+            console.print(growth)
     for row in rows:
         for peer in row.peers:
             if peer.differs:

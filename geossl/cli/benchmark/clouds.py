@@ -51,7 +51,7 @@ def _mesh(points: int, generator: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def _room() -> tuple[np.ndarray, np.ndarray]:
-    """Return the triangles ``[T, 3, 3]`` of the room, boxes with cylinders and a sphere between them, and their running share of the area."""
+    """Return triangles ``[T, 3, 3]`` and their running share of the area: boxes in a corner of walls, cylinders and a sphere."""
     import trimesh
 
     generator = np.random.default_rng(7)
