@@ -136,13 +136,8 @@ def _radius_peers(query: Tensor, points: Tensor, k: int, radius: float) -> Peers
     if open3d := importable("open3d.ml.torch"):
 
         def every() -> Counts:
-            counts = []
-            for q, p in zip(query, points, strict=True):
-                splits = (torch.tensor([0, len(p)]), torch.tensor([0, len(q)]))
-                table = open3d.ops.build_spatial_hash_table(p, radius, splits[0], hash_table_size_factor=1 / 32)
-                hashed = (table.hash_table_splits, table.hash_table_index, table.hash_table_cell_splits)
-                counts.append(open3d.ops.fixed_radius_search(p, q, radius, *splits, *hashed).neighbors_row_splits.diff())
-            return Counts(torch.stack(counts), None)
+            found = [_open3d_ball_splits(open3d, q, p, radius) for q, p in zip(query, points, strict=True)]
+            return Counts(torch.stack(found).diff(), None)
 
         peers["open3d.ml.torch fixed_radius_search (all in the ball)"] = every
     if torch_cluster := importable("torch_cluster"):
@@ -155,6 +150,40 @@ def _radius_peers(query: Tensor, points: Tensor, k: int, radius: float) -> Peers
 
         peers["torch_cluster.radius (any in the ball)"] = cluster
     return peers | {f"{name} (first in the ball)": run for name, run in _first_peers(query, points, k, radius).items()}
+
+
+def _open3d_ball_splits(open3d: Any, query: Tensor, points: Tensor, radius: float) -> Tensor:
+    """Row splits ``[Q + 1]`` of all points within the radius."""
+    splits = (torch.tensor([0, len(points)]), torch.tensor([0, len(query)]))
+    table = open3d.ops.build_spatial_hash_table(points, radius, splits[0], hash_table_size_factor=1 / 32)
+    hashed = (table.hash_table_splits, table.hash_table_index, table.hash_table_cell_splits)
+    return open3d.ops.fixed_radius_search(points, query, radius, *splits, *hashed).neighbors_row_splits
+
+
+def radius_peers(query: Tensor, points: Tensor, radius: float) -> Peers:
+    """Peers of ``radius_search(query [Q, 3], points [N, 3], radius)``; they find the pairs, and the row splits ``[Q + 1]`` are compared."""
+    peers: Peers = {}
+    if scipy := importable("scipy.spatial"):
+
+        def tree() -> Tensor:
+            found = scipy.cKDTree(points.numpy()).query_ball_point(query.numpy(), radius, workers=torch.get_num_threads())
+            lengths = np.fromiter(map(len, found), np.int64, len(found))
+            np.concatenate(found)  # the pairs a caller wants; the comparison does without
+            return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
+
+        peers["scipy.spatial.cKDTree query_ball_point"] = tree
+    if open3d := importable("open3d.ml.torch"):
+        peers["open3d.ml.torch fixed_radius_search"] = functools.partial(_open3d_ball_splits, open3d, query, points, radius)
+    if package := importable("open3d"):
+        core = package.core
+
+        def fixed() -> Tensor:
+            search = core.nns.NearestNeighborSearch(core.Tensor.from_numpy(points.numpy()), core.int32)
+            search.fixed_radius_index(radius)
+            return torch.from_numpy(search.fixed_radius_search(core.Tensor.from_numpy(query.numpy()), radius)[2].numpy())
+
+        peers["open3d.core.nns fixed_radius_search"] = fixed
+    return peers
 
 
 def _first_peers(query: Tensor, points: Tensor, k: int, radius: float) -> Peers:

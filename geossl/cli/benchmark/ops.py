@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from geossl import ops
+from geossl.cli.benchmark import voxel_rows
 from geossl.cli.benchmark.clouds import KINDS, clouds, surfaces
 from geossl.cli.benchmark.measure import Case, nbytes
 from geossl.cli.benchmark.neighbor_peers import balls_differ, distances_differ, first_in_ball_peers, neighbor_peers
@@ -42,6 +43,7 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
             "group/2x16x4 of 128, 8 channels, backward": make(_group_case, 2, 128, 16, 4, 8, True),
             "chamfer_distance/2x64 to 64, backward": make(_chamfer_case, "padded", 2, 64, True),
             "chamfer_distance_patches/16x8 to 8": make(_chamfer_case, "patches", 16, 8, False),
+            **voxel_rows.cases(quick),
         }
     return {
         **_every_kind("farthest_point_sample/2048->512", make(_fps_case, 1, 2048, 512)),
@@ -58,6 +60,7 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
         **_every_kind("ball_query/100000 of 100000, k=32", make(_ball_case, 1, 100_000, 100_000, 32, "nearest")),
         **_every_kind("chamfer_distance_patches/128x32 to 32, backward", make(_chamfer_case, "patches", 128, 32, True)),
         **_every_kind("chamfer_distance/8x2048 to 2048, backward", make(_chamfer_case, "padded", 8, 2048, True)),
+        **voxel_rows.cases(quick),
         "farthest_point_sample/8x2048->64": make(_fps_case, 8, 2048, 64),
         "knn/8x64 of 2048, k=32": make(_knn_case, 8, 64, 2048, 32),
         "ball_query/512 of 2048, k=32, first": make(_ball_case, 1, 512, 2048, 32, "first"),
