@@ -39,7 +39,7 @@ class BenchmarkConfig:
     json: Path | None = None
     """File to write the rows to; none: only the table."""
     threads: str = ""
-    """Threads torch, the operators and the peers may use; of several, as in 1,2, each has a process of its own. Default: 1,2 for ops, else 1."""
+    """Threads torch, the operators and the peers may use; of several, each has a process of its own. Default: 1,2 for ops, else 1."""
     chart: Path | None = None
     """Picture of the rows of ops beside their peers; default: beside the JSON file."""
     method: str = "point_mae"

@@ -9,6 +9,7 @@ from typing import Any
 from geossl.cli.benchmark.row import Row
 
 OURS, BEST, OTHER, FLOOR = "#0b6e4f", "#d1495b", "#b8b8b8", "#444444"
+LEAST_FLOOR = 1e-6  # seconds; what is smaller says nothing and would only widen the picture
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -59,7 +60,7 @@ def _panel(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def _marks(panel: Any, row: Row, height: float, labelled: bool) -> None:
-    agreeing = [peer.cpu_s for peer in row.peers if peer.cpu_s is not None and not peer.differs]
+    others = [1e3 * peer.cpu_s for peer in row.peers if peer.cpu_s is not None and not peer.differs]
     ours, best = 1e3 * row.cpu_s, None if row.peer_cpu_s is None else 1e3 * row.peer_cpu_s
 
     def label(text: str) -> str:
@@ -67,10 +68,11 @@ def _marks(panel: Any, row: Row, height: float, labelled: bool) -> None:
 
     if best is not None:
         panel.plot([ours, best], [height, height], color=OURS if best > ours else BEST, linewidth=1.6, alpha=0.55, zorder=2)
-    panel.scatter(
-        [1e3 * x for x in agreeing], [height] * len(agreeing), s=9, color=OTHER, label=label("other peers"), zorder=2, linewidths=0
-    )
-    panel.scatter([1e3 * row.floor_s], [height], s=18, color=FLOOR, marker="|", label=label("floor of the machine"), zorder=2, linewidths=1)
+    panel.scatter(others, [height] * len(others), s=9, color=OTHER, label=label("other peers"), zorder=2, linewidths=0)
+    if row.floor_s > LEAST_FLOOR:
+        panel.scatter(
+            [1e3 * row.floor_s], [height], s=18, color=FLOOR, marker="|", label=label("floor of the machine"), zorder=2, linewidths=1
+        )
     if best is not None:
         panel.scatter([best], [height], s=14, color=BEST, label=label("quickest peer"), zorder=3, linewidths=0)
     panel.scatter([ours], [height], s=20, color=OURS, label=label("geossl"), zorder=4, linewidths=0)

@@ -20,10 +20,9 @@ ON_SPHERE = 2  # neighbours of a query that rounding may put inside the ball or 
 
 
 class Counts(NamedTuple):
-    """How many neighbours each query ``[B, Q]`` got from a search that does not rank them."""
+    """How many neighbours each query got from a search that does not rank them: ``found [B, Q]``."""
 
-    count: Tensor
-    """Neighbours found."""
+    found: Tensor
     limit: int | None
     """The most it gives; None: all within the radius."""
 
@@ -227,7 +226,7 @@ def balls_differ(query: Tensor, points: Tensor, radius: float, mode: str, ours: 
     if not isinstance(theirs, Counts):
         return distances_differ(ours, theirs, radius)
     wanted = ours[2] if theirs.limit is None else ours[2].clamp(max=theirs.limit)
-    away = int(((theirs.count - wanted).abs() > ON_SPHERE).sum())
+    away = int(((theirs.found - wanted).abs() > ON_SPHERE).sum())
     return f"other numbers of neighbours for {away} of {wanted.numel()} queries" if away else ""
 
 

@@ -1,6 +1,6 @@
-"""Peers of voxelization with means, of reductions by index and of neighbour maps; :mod:`geossl.cli.benchmark.peers` says what a peer is.
+"""Peers of means over voxels, reductions by index and neighbour maps; :mod:`geossl.cli.benchmark.peers` says what a peer is.
 
-Voxels are numbered by one key each, ``(x * cells + y) * cells + z``; an answer of a voxel peer is ``(keys [V], means [V, C])`` in any order.
+Voxels are numbered by one key each, ``(x * cells + y) * cells + z``; voxel peers answer ``(keys [V], means [V, C])`` in any order.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def segment_peers(values: Tensor, row_splits: Tensor) -> Peers:
 
 
 def neighbor_map_peers(coords: Tensor, offsets: Tensor, per_axis: int) -> dict[str, Callable[[], Any]]:
-    """Peers of the map of ``coords [V, 4]`` (cloud, x, y, z): rows of the neighbours at ``offsets [K, 3]``, ``[V, K]``, -1 where there is none."""
+    """Peers of the map of ``coords [V, 4]`` (cloud, x, y, z): rows ``[V, K]`` of the voxels at ``offsets [K, 3]``, else -1."""
     wide = per_axis + 2  # a border keeps neighbours beyond the last cell from wrapping around
     cloud = coords[:, :1].long() * wide**3
     neighbors = coords[:, None, 1:].long() + offsets + 1

@@ -10,37 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geossl import ops
+import geossl.ops
 from geossl.cli.benchmark.clouds import KINDS, clouds
 from geossl.cli.benchmark.measure import Case, nbytes
+from geossl.cli.benchmark.neighbor_peers import radius_peers
 from geossl.cli.benchmark.peers import TWIN_LIMIT, twin
 from geossl.cli.benchmark.voxel_peers import keys_of, neighbor_map_peers, reduce_peers, segment_peers, voxel_mean_peers
 
-SLOW_CALL = 0.2
+ops: Any = geossl.ops  # rows of operators that are not there are left out
+SLOW_CALL = 0.2  # CPU seconds above which a call is sampled less often
 MOVED = "inputs read and results written once"
 
 
 def cases(quick: bool) -> dict[str, Callable[[], Case]]:
     """Return the cases of operators that this version of geossl has, by name."""
-    rows = [
-        # operator, name, build, sizes in a full run, sizes in a quick one, one row per kind of cloud
-        ("voxelize", "voxelize + mean/{0} at {1}, {2} channels", _voxel_case, [(100_000, 0.02, 32), (1_000_000, 0.02, 32), (1_000_000, 0.05, 32)],
-         [(256, 0.2, 4)], True),
-        ("scatter_reduce", "scatter_reduce mean/{0} x {1} to {2}", _scatter_case, [(1_000_000, 32, 10_000)], [(256, 4, 8)], False),
-        ("segment_reduce", "segment_reduce mean/{0} x {1} to {2}", _segment_case, [(1_000_000, 32, 10_000)], [(256, 4, 8)], False),
-        ("neighbor_map", "neighbor_map/{0} voxels, kernel 3", _map_case, [(100_000,)], [(100,)], True),
-        ("radius_search", "radius_search/{0} of {1}", _radius_case, [(4096, 100_000)], [(16, 128)], True),
-    ]  # fmt: skip
     found: dict[str, Callable[[], Case]] = {}
-    for operator, name, build, full, small, every_kind in rows:
+
+    def add(operator: str, name: str, build: Callable[..., Case], sizes: list[tuple[Any, ...]], small: tuple[Any, ...]) -> None:
         if not hasattr(ops, operator):
-            continue
-        for sizes in small if quick else full:
-            make = functools.partial(build, *sizes)
-            if every_kind:
-                found |= {f"{name.format(*sizes)}/{kind}": functools.partial(make, kind) for kind in KINDS}
-            else:
-                found[name.format(*sizes)] = make
+            return
+        for size in [small] if quick else sizes:
+            found[name.format(*size)] = functools.partial(build, *size)
+
+    voxels = [(100_000, 0.02, 32), (1_000_000, 0.02, 32), (1_000_000, 0.05, 32)]
+    for kind in KINDS:
+        add("voxelize", "voxelize + mean/{} at {}, {} channels/{}", _voxel_case, [(*size, kind) for size in voxels], (256, 0.2, 4, kind))
+        add("radius_search", "radius_search/{} of {}/{}", _radius_case, [(4096, 100_000, kind)], (16, 128, kind))
+        add("neighbor_map", "neighbor_map/{} voxels, kernel 3/{}", _map_case, [(100_000, kind)], (100, kind))
+    for operator, build in (("scatter_reduce", _scatter_case), ("segment_reduce", _segment_case)):
+        add(operator, operator + " mean/{} x {} to {}", build, [(1_000_000, 32, 10_000)], (256, 4, 8))
     return found
 
 
@@ -129,8 +127,6 @@ def _neighbor_rows(coords: Tensor) -> Tensor:
 
 
 def _radius_case(queries: int, n: int, kind: str) -> Case:
-    from geossl.cli.benchmark.neighbor_peers import radius_peers
-
     points = clouds(kind, 1, n)[0]
     query = points[:queries].contiguous()
     radius = float(ops.knn(query[None], points[None], min(32, n)).distance[..., -1].median().sqrt())
