@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 
 from geossl import cli
 from geossl.cli import benchmark
-from geossl.cli.benchmark import imports, ops, steps
+from geossl.cli.benchmark import bars, imports, neighbor_peers, ops, steps
 from geossl.cli.benchmark import measure as measuring
-from geossl.cli.benchmark.clouds import surfaces
+from geossl.cli.benchmark.clouds import KINDS, clouds, surfaces
 from geossl.cli.benchmark.measure import (
     Case,
     Sample,
@@ -39,7 +40,9 @@ KEYS = {
     *("suite", "name", "inputs", "threads", "dtype", "cpu_s", "wall_s", "repeats", "calls_per_repeat", "peak_mib", "rise_mib"),
     *("flop", "flop_is", "gemm_flops", "bytes", "bytes_is", "copy_bytes_per_s", "floor_s", "floor_ratio"),
     *("peer", "peer_cpu_s", "peer_ratio", "peers", "target_s", "step_cpu_s", "share_of_step", "load_average", "machine"),
+    *("cloud", "bar", "aim"),
 }
+NO_TWIN = ("scatter_reduce", "segment_reduce", "neighbor_map", "radius_search")
 ROOT = Path(__file__).parents[2]
 LINUX = reset_peak_memory() is not None
 
@@ -99,12 +102,15 @@ def test_steps(tmp_path, capsys):
 
 
 def test_ops(tmp_path):
-    rows = run(tmp_path, "ops", "--quick")
+    rows = run(tmp_path, "ops", "--quick", "--threads", "1")
     check(rows, "ops")
-    assert {row["name"].partition("/")[0] for row in rows} == {
+    assert {row["name"].partition("/")[0] for row in rows} >= {
         "farthest_point_sample", "knn", "ball_query", "group", "chamfer_distance", "chamfer_distance_patches",
     }  # fmt: skip
-    assert all("geossl.ops.reference" in [peer["name"] for peer in row["peers"]] for row in rows)
+    assert all("geossl.ops.reference" in [peer["name"] for peer in row["peers"]] for row in rows if not row["name"].startswith(NO_TWIN))
+    assert {row["cloud"] for row in rows} == {"", *KINDS}
+    assert all(row["name"].endswith(f"/{row['cloud']}") for row in rows if row["cloud"])
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_data(tmp_path):
@@ -124,7 +130,7 @@ def test_import(tmp_path):
 
 
 def test_rows_can_be_chosen(tmp_path):
-    (row,) = run(tmp_path, "ops", "--quick", "--rows", "knn/*")
+    (row,) = run(tmp_path, "ops", "--quick", "--threads", "1", "--rows", "knn/2x*")
     assert row["name"].startswith("knn/")
 
 
@@ -173,11 +179,11 @@ def test_picks_may_start_elsewhere_but_must_be_farthest():
 
 def test_distances_are_compared():
     found = (torch.tensor([[0.01, 0.04]]), None)
-    assert ops._distances_differ(found, (torch.tensor([[0.01, 0.04 + 1e-8]]), None)) == ""
-    assert ops._distances_differ(found, (torch.tensor([[0.01, 0.05]]), None)) == "1 of 2 distances differ"
-    assert ops._distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None)) != ""
-    assert ops._distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None), radius=0.2) == ""  # on the sphere: in or out
-    assert ops._distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None), radius=0.3) != ""
+    assert neighbor_peers.distances_differ(found, (torch.tensor([[0.01, 0.04 + 1e-8]]), None)) == ""
+    assert neighbor_peers.distances_differ(found, (torch.tensor([[0.01, 0.05]]), None)) == "1 of 2 distances differ"
+    assert neighbor_peers.distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None)) != ""
+    assert neighbor_peers.distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None), radius=0.2) == ""  # on the sphere: in or out
+    assert neighbor_peers.distances_differ(found, (torch.tensor([[0.01, torch.inf]]), None), radius=0.3) != ""
 
 
 def test_values_are_compared():
@@ -400,6 +406,108 @@ def test_table_says_whether_a_target_is_met(capsys):
     assert "a peer" in shown
 
 
+# Bars -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def bar_row(name: str, cloud: str, cpu: float, peer: float | None, threads: int = 1, wall: float = 1.0) -> Row:
+    known = {"suite": "ops", "inputs": "x", "dtype": "float32", "flop_is": "x", "bytes_is": "x", "machine": "x", "load_average": 0.0}
+    known |= {"repeats": 1, "calls_per_repeat": 1, "peak_mib": None, "rise_mib": None, "bytes": 8, "cloud": cloud}
+    peers = [] if peer is None else [Peer(name="a", cpu_s=peer, ratio=peer / cpu)]
+    return Row.of(
+        name=f"{name}/{cloud}", cpu_s=cpu, flop=0, gemm_flops=1.0, copy_bytes_per_s=1.0, peers=peers, threads=threads, wall_s=wall, **known
+    )
+
+
+def test_bars_ask_for_the_geometric_mean_and_for_every_kind():
+    name = "farthest_point_sample/100000->4096"
+    rows = [bar_row(name, "uniform", 1.0, 1.2), bar_row(name, "mesh", 1.0, 2.7), bar_row("no bar", "mesh", 1.0, 1.0)]
+    (group,) = bars.groups_of(rows)
+    assert (group.name, group.threads, group.least) == (name, 1, 1.2)
+    assert group.mean == pytest.approx(1.8)
+    assert group.reaches(1.79)
+    assert not group.reaches(1.81)
+    assert not group.reaches(1.3, least=1.25)
+    (alone,) = bars.groups_of([bar_row(name, "mesh", 1.0, None)])
+    assert alone.mean is None
+    assert alone.reaches(1.0) is None
+
+
+def test_growth_is_the_power_of_the_size():
+    assert bars.exponent(2.0, 200.0, 10, 100) == pytest.approx(2.0)
+    small, large = "farthest_point_sample/10000->1024", "farthest_point_sample/100000->4096"
+    rows = [bar_row(small, "mesh", 1.0, 1.0), bar_row(large, "mesh", 10.0, 1000.0), bar_row(large, "uniform", 1.0, None)]
+    (found,) = bars.growth_of(bars.groups_of(rows))
+    assert (found["small"], found["large"], found["cloud"]) == (small, large, "mesh")
+    assert (found["ours"], found["peer"]) == (pytest.approx(1.0), pytest.approx(3.0))
+
+
+def test_speed_up_is_of_wall_time_over_the_same_kinds():
+    name = "knn/512 of 2048, k=16"
+    rows = [bar_row(name, "mesh", 1.0, 1.0, threads, wall) for threads, wall in ((1, 3.0), (2, 2.0))]
+    assert bars.speed_ups(bars.groups_of(rows)) == {name: {2: 1.5}}
+    assert bars.speed_ups(bars.groups_of([*rows, bar_row(name, "uniform", 1.0, 1.0)])) == {}
+
+
+def test_every_bar_has_its_rows():
+    names = set(ops.cases(quick=False))
+    for name in bars.BARS:
+        if not name.startswith("voxelize"):
+            assert {f"{name}/{kind}" for kind in KINDS} <= names
+
+
+def test_bars_are_shown(capsys):
+    name = "knn/512 of 2048, k=16"
+    rows = [bar_row(name, kind, 1.0, 1.5, threads, 1.0 / threads) for threads in (1, 2) for kind in KINDS]
+    benchmark._show(rows)
+    shown = capsys.readouterr().out
+    assert "met: 1.2" in shown
+    assert "missed: 2" in shown
+
+
+@pytest.mark.slow
+def test_each_number_of_threads_has_a_process_of_its_own(tmp_path):
+    rows = run(tmp_path, "ops", "--quick", "--threads", "1,2", "--rows", "group/2x16x4 of 128, 8 channels")
+    assert [(row["name"], row["threads"]) for row in rows] == [
+        ("group/2x16x4 of 128, 8 channels", 1),
+        ("group/2x16x4 of 128, 8 channels", 2),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_cloud_are_the_same_every_time_and_lie_in_the_unit_cube(kind):
+    points = clouds(kind, 2, 400)
+    assert points.shape == (2, 400, 3)
+    assert torch.equal(points, clouds(kind, 2, 400))
+    assert not torch.equal(points[0], points[1])
+    assert not torch.equal(points, clouds(kind, 2, 400, seed=1))
+    assert 0 <= float(points.min()) < float(points.max()) < 1
+    different = len(points[0].unique(dim=0))
+    assert different <= 200 if kind == "duplicates" else different == 400
+
+
+def test_a_peer_that_has_lost_is_timed_once():
+    order = []
+    case = a_case(run=lambda: order.append("ours"), peers={"peer": lambda: order.append("peer")})
+
+    def fake_clock(run, calls):
+        run()
+        return Sample(0.001 if order[-1] == "ours" else 5.0, 1.0, None, None)
+
+    row = measure("suite", "name", replace(case, clock=fake_clock, warm=False), repeats=4)
+    assert (order.count("ours"), order.count("peer")) == (6, 2)  # the answer and the memory come first
+    assert (row.peers[0].repeats, row.peer_cpu_s) == (1, 5.0)
+
+
+def test_looser_answers_are_compared_by_their_numbers():
+    points = torch.tensor([[[0.0, 0, 0], [0.1, 0, 0], [0.2, 0, 0], [0.9, 0, 0]]])
+    ours = (torch.zeros(1, 1, 4), None, torch.tensor([[3]]))
+    differ = functools.partial(neighbor_peers.balls_differ, points[:, :1], points, 0.25, "nearest", ours)
+    assert differ(neighbor_peers.Counts(torch.tensor([[3]]), None)) == ""
+    assert "1 of 1 queries" in differ(neighbor_peers.Counts(torch.tensor([[9]]), None))
+    assert differ(torch.tensor([[[0, 1, 2, 0]]])) == ""  # the first again fills the empty place
+    assert differ(torch.tensor([[[0, 1, 3, 0]]])) == "1 neighbours outside the radius"
+
+
 @pytest.mark.parametrize(("value", "text"), [(1.234e-7, "0.123 us"), (2.5e-5, "25 us"), (0.0021, "2.1 ms"), (1.5, "1.5 s"), (None, "")])
 def test_times_are_readable(value, text):
     assert seconds(value) == text
@@ -413,8 +521,14 @@ def test_times_are_readable(value, text):
     [
         ([], ConfigError, "steps, ops, data, import"),
         (["step"], UnknownNameError, "did you mean 'steps'"),
-        (["ops", "--quick", "--rows", "knm*"], ConfigError, "no row of the ops benchmark matches 'knm\\*'; there are: farthest"),
-        (["ops", "--threads", "0"], ConfigError, "threads must be at least 1, got 0"),
+        (
+            ["ops", "--quick", "--threads", "1", "--rows", "knm*"],
+            ConfigError,
+            "no row of the ops benchmark matches 'knm\\*'; there are: farthest",
+        ),
+        (["ops", "--threads", "0"], ConfigError, "threads must be numbers of at least 1"),
+        (["ops", "--threads", "1,1"], ConfigError, "without repeats"),
+        (["ops", "--threads", "two"], ConfigError, "such as 1 or 1,2"),
         (["ops", "--repeats", "0"], ConfigError, "repeats must be at least 1, got 0"),
         (["steps", "--quick", "--method", "point_mea"], UnknownNameError, "did you mean 'point_mae'"),
         (["ops", "--josn", "x"], UnknownNameError, "did you mean '--json'"),

@@ -31,8 +31,9 @@ GEMM_SHAPES = ((512, 1536, 384), (512, 384, 1536), (2048, 256, 128), (2048, 512,
 """Rows, columns and inner size of the matrix products timed for the floor: those of a transformer's MLP and of the token embedding."""
 
 SAMPLE_SECONDS = 0.02  # quick calls are repeated within one sample until it lasts this long
-SLOW_SECONDS = 2.0  # slower calls are sampled SLOW_REPEATS times at most
+SLOW_SECONDS = 2.0  # slower calls are sampled SLOW_REPEATS times at most, unless the case says otherwise
 SLOW_REPEATS = 3
+LOST, LOST_SECONDS = 20, 0.1  # a peer so many times slower than ours, and slower than that, is timed once
 SETTLE_SECONDS = 0.5
 FEW_FAULTS = 64  # pages, in one round of all calls
 
@@ -77,6 +78,8 @@ class Case:
         share_of: CPU seconds of the step this is a part of, or None.
         clock: How ``run`` is timed; a case that runs elsewhere brings its own.
         warm: Call everything some more before timing (:func:`settle`).
+        slow: Seconds of CPU time above which a call is sampled three times at most.
+        cloud: Kind of cloud it is given, "" where there is only one; the name of such a row ends in it.
     """
 
     inputs: str
@@ -92,6 +95,8 @@ class Case:
     share_of: float | None = None
     clock: Callable[[Callable[[], Any], int], Sample] = clock
     warm: bool = True
+    slow: float = SLOW_SECONDS
+    cloud: str = ""
 
 
 def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SAMPLE_SECONDS) -> Row:
@@ -112,13 +117,16 @@ def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SA
     for title, run in runs.items():
         release_memory()
         first[title] = case.clock(run, 1)
+    lost = [title for title, sample in first.items() if sample.cpu > max(LOST_SECONDS, LOST * first[""].cpu)]
+    samples: dict[str, list[Sample]] = {title: [first[title]] if title in lost else [] for title in runs}
+    for title in lost:
+        del runs[title]
     if case.warm:
         settle(list(runs.values()))
     calls = {title: max(1, round(seconds / max(sample.cpu, 1e-7))) for title, sample in first.items()}
-    samples: dict[str, list[Sample]] = {title: [] for title in runs}
     for turn in range(repeats):
         for title, run in runs.items():
-            if turn < SLOW_REPEATS or first[title].cpu < SLOW_SECONDS:
+            if turn < SLOW_REPEATS or first[title].cpu < case.slow:
                 samples[title].append(case.clock(run, calls[title]))
 
     ours = samples.pop("")
@@ -132,6 +140,7 @@ def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SA
             wall_s=median(sample.wall for sample in theirs),
             peak_mib=first[title].peak,
             ratio=cpu_of_peer / cpu,
+            repeats=len(theirs),
         )
     return Row.of(
         suite=suite,
@@ -156,6 +165,7 @@ def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SA
         step_cpu_s=case.share_of,
         load_average=round(os.getloadavg()[0], 2),
         machine=machine(),
+        cloud=case.cloud,
     )
 
 

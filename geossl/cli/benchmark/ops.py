@@ -7,7 +7,6 @@ none of the times, ours or the peers'. Steps, in contrast, are measured as they 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +14,14 @@ import torch
 from torch import Tensor
 
 from geossl import ops
-from geossl.cli.benchmark.clouds import surfaces
+from geossl.cli.benchmark import voxel_rows
+from geossl.cli.benchmark.clouds import KINDS, clouds, surfaces
 from geossl.cli.benchmark.measure import Case, nbytes
-from geossl.cli.benchmark.peers import (
-    TWIN_LIMIT,
-    chamfer_peers,
-    farthest_point_peers,
-    first_in_ball_peers,
-    group_peers,
-    neighbor_peers,
-    twin,
-)
+from geossl.cli.benchmark.neighbor_peers import balls_differ, distances_differ, first_in_ball_peers, neighbor_peers
+from geossl.cli.benchmark.peers import TWIN_LIMIT, chamfer_peers, farthest_point_peers, group_peers, twin
 
 CALL_TARGET = 15e-6  # CPU seconds of a call on 8 points
+SLOW_CALL = 0.2  # CPU seconds: there are many rows, and slower calls are sampled less often
 PAIR_FLOP = 8  # three differences, three squares, two sums
 PER_PAIR = "8 per pair of points of an exhaustive search (a tree or buckets need fewer)"
 MOVED = "inputs read and results written once"
@@ -35,50 +29,65 @@ MOVED_BACK = "inputs and the gradient of the result read, results and gradients 
 
 
 def cases(quick: bool) -> dict[str, Callable[[], Case]]:
-    """Return the cases of this suite by name; each is built when it is called."""
+    """Return the cases of this suite by name; each is built when it is called. Names of the table's rows end in the kind of cloud."""
     make = functools.partial
-    found: dict[str, Callable[[], Case]] = {
-        "farthest_point_sample/8->4": make(_fps_case, 1, 8, 4, CALL_TARGET),
-        "farthest_point_sample/8x2048->64": make(_fps_case, 8, 2048, 64),
-        "farthest_point_sample/8x2048->512": make(_fps_case, 8, 2048, 512),
-        "farthest_point_sample/10000->1024": make(_fps_case, 1, 10_000, 1024),
-        "farthest_point_sample/100000->4096": make(_fps_case, 1, 100_000, 4096),
-        "knn/8 of 8": make(_knn_case, 1, 8, 8, 4, CALL_TARGET),
-        "knn/8x64 of 2048, k=32": make(_knn_case, 8, 64, 2048, 32),
-        "knn/512 of 2048, k=16": make(_knn_case, 1, 512, 2048, 16),
-        "knn/4096 of 100000, k=16": make(_knn_case, 1, 4096, 100_000, 16),
-        "knn/100000 of 100000, k=16": make(_knn_case, 1, 100_000, 100_000, 16),
-        "ball_query/8 of 8": make(_ball_case, 1, 8, 8, 4, "nearest", CALL_TARGET),
-        "ball_query/512 of 2048, k=32": make(_ball_case, 1, 512, 2048, 32, "nearest"),
-        "ball_query/512 of 2048, k=32, first": make(_ball_case, 1, 512, 2048, 32, "first"),
-        "ball_query/4096 of 100000, k=32": make(_ball_case, 1, 4096, 100_000, 32, "nearest"),
-        "group/8 of 8": make(_group_case, 1, 8, 8, 4, 3, False, CALL_TARGET),
-        "group/8x512x32 of 2048, 32 channels": make(_group_case, 8, 2048, 512, 32, 32, False),
-        "group/8x512x32 of 2048, 32 channels, backward": make(_group_case, 8, 2048, 512, 32, 32, True),
-        "chamfer_distance/8 to 8": make(_chamfer_case, "padded", 1, 8, False, CALL_TARGET),
-        "chamfer_distance/8x2048 to 2048": make(_chamfer_case, "padded", 8, 2048, False),
-        "chamfer_distance/8x2048 to 2048, backward": make(_chamfer_case, "padded", 8, 2048, True),
-        "chamfer_distance_patches/8 to 8": make(_chamfer_case, "patches", 1, 8, False, CALL_TARGET),
-        "chamfer_distance_patches/304x32 to 32": make(_chamfer_case, "patches", 304, 32, False),
-        "chamfer_distance_patches/304x32 to 32, backward": make(_chamfer_case, "patches", 304, 32, True),
-    }
     if quick:
-        found = {
+        return {
             "farthest_point_sample/8->4": make(_fps_case, 1, 8, 4),
-            "farthest_point_sample/2x128->16": make(_fps_case, 2, 128, 16),
+            **_every_kind("farthest_point_sample/2x128->16", make(_fps_case, 2, 128, 16)),
             "knn/2x16 of 128, k=4": make(_knn_case, 2, 16, 128, 4),
+            "knn/16 of 128, k=4/tracks": make(_knn_case, 1, 16, 128, 4, kind="tracks"),
             "ball_query/2x16 of 128, k=4": make(_ball_case, 2, 16, 128, 4, "nearest"),
             "ball_query/2x16 of 128, k=4, first": make(_ball_case, 2, 16, 128, 4, "first"),
             "group/2x16x4 of 128, 8 channels": make(_group_case, 2, 128, 16, 4, 8, False),
             "group/2x16x4 of 128, 8 channels, backward": make(_group_case, 2, 128, 16, 4, 8, True),
             "chamfer_distance/2x64 to 64, backward": make(_chamfer_case, "padded", 2, 64, True),
             "chamfer_distance_patches/16x8 to 8": make(_chamfer_case, "patches", 16, 8, False),
+            **voxel_rows.cases(quick),
         }
-    return found
+    return {
+        **_every_kind("farthest_point_sample/2048->512", make(_fps_case, 1, 2048, 512)),
+        **_every_kind("farthest_point_sample/8x2048->512", make(_fps_case, 8, 2048, 512)),
+        **_every_kind("farthest_point_sample/10000->1024", make(_fps_case, 1, 10_000, 1024)),
+        **_every_kind("farthest_point_sample/100000->4096", make(_fps_case, 1, 100_000, 4096)),
+        **_every_kind("knn/512 of 2048, k=16", make(_knn_case, 1, 512, 2048, 16)),
+        **_every_kind("knn/512 of 2048, k=32", make(_knn_case, 1, 512, 2048, 32)),
+        **_every_kind("knn/4096 of 100000, k=16", make(_knn_case, 1, 4096, 100_000, 16)),
+        **_every_kind("knn/4096 of 100000, k=32", make(_knn_case, 1, 4096, 100_000, 32)),
+        **_every_kind("knn/100000 of 100000, k=16", make(_knn_case, 1, 100_000, 100_000, 16)),
+        **_every_kind("ball_query/512 of 2048, k=32", make(_ball_case, 1, 512, 2048, 32, "nearest")),
+        **_every_kind("ball_query/4096 of 100000, k=32", make(_ball_case, 1, 4096, 100_000, 32, "nearest")),
+        **_every_kind("ball_query/100000 of 100000, k=32", make(_ball_case, 1, 100_000, 100_000, 32, "nearest")),
+        **_every_kind("chamfer_distance_patches/128x32 to 32, backward", make(_chamfer_case, "patches", 128, 32, True)),
+        **_every_kind("chamfer_distance/8x2048 to 2048, backward", make(_chamfer_case, "padded", 8, 2048, True)),
+        **voxel_rows.cases(quick),
+        "farthest_point_sample/8x2048->64": make(_fps_case, 8, 2048, 64),
+        "knn/8x64 of 2048, k=32": make(_knn_case, 8, 64, 2048, 32),
+        "ball_query/512 of 2048, k=32, first": make(_ball_case, 1, 512, 2048, 32, "first"),
+        "group/8x512x32 of 2048, 32 channels": make(_group_case, 8, 2048, 512, 32, 32, False),
+        "group/8x512x32 of 2048, 32 channels, backward": make(_group_case, 8, 2048, 512, 32, 32, True),
+        "chamfer_distance/8x2048 to 2048": make(_chamfer_case, "padded", 8, 2048, False),
+        "chamfer_distance_patches/304x32 to 32": make(_chamfer_case, "patches", 304, 32, False),
+        "chamfer_distance_patches/304x32 to 32, backward": make(_chamfer_case, "patches", 304, 32, True),
+        "farthest_point_sample/8->4": make(_fps_case, 1, 8, 4, CALL_TARGET),
+        "knn/8 of 8": make(_knn_case, 1, 8, 8, 4, CALL_TARGET),
+        "ball_query/8 of 8": make(_ball_case, 1, 8, 8, 4, "nearest", CALL_TARGET),
+        "group/8 of 8": make(_group_case, 1, 8, 8, 4, 3, False, CALL_TARGET),
+        "chamfer_distance/8 to 8": make(_chamfer_case, "padded", 1, 8, False, CALL_TARGET),
+        "chamfer_distance_patches/8 to 8": make(_chamfer_case, "patches", 1, 8, False, CALL_TARGET),
+    }
 
 
-def _fps_case(batch: int, n: int, k: int, target: float | None = None) -> Case:
-    points = surfaces(batch, n)
+def _every_kind(name: str, make: Callable[..., Case]) -> dict[str, Callable[[], Case]]:
+    return {f"{name}/{kind}": functools.partial(make, kind=kind) for kind in KINDS}
+
+
+def _points(kind: str, batch: int, n: int, seed: int = 0) -> Tensor:
+    return clouds(kind, batch, n, seed) if kind else surfaces(batch, n, seed)
+
+
+def _fps_case(batch: int, n: int, k: int, target: float | None = None, kind: str = "") -> Case:
+    points = _points(kind, batch, n)
     call = functools.partial(ops.farthest_point_sample, points, k)
     peers = farthest_point_peers(points, k)
     if batch * n * k <= TWIN_LIMIT:
@@ -93,11 +102,13 @@ def _fps_case(batch: int, n: int, k: int, target: float | None = None) -> Case:
         peers=peers,
         differs=functools.partial(_picks_differ, points),
         target=target,
+        cloud=kind,
+        slow=SLOW_CALL,
     )
 
 
-def _knn_case(batch: int, queries: int, n: int, k: int, target: float | None = None) -> Case:
-    points = surfaces(batch, n)
+def _knn_case(batch: int, queries: int, n: int, k: int, target: float | None = None, kind: str = "") -> Case:
+    points = _points(kind, batch, n)
     query = points[:, :queries].contiguous()
     call = functools.partial(ops.knn, query, points, k)
     peers = neighbor_peers(query, points, k)
@@ -111,20 +122,22 @@ def _knn_case(batch: int, queries: int, n: int, k: int, target: float | None = N
         flop=PAIR_FLOP * batch * queries * n,
         flop_is=PER_PAIR,
         peers=peers,
-        differs=_distances_differ,
+        differs=distances_differ,
         target=target,
+        cloud=kind,
+        slow=SLOW_CALL,
     )
 
 
-def _ball_case(batch: int, queries: int, n: int, k: int, mode: Any, target: float | None = None) -> Case:
-    points = surfaces(batch, n)
+def _ball_case(batch: int, queries: int, n: int, k: int, mode: Any, target: float | None = None, kind: str = "") -> Case:
+    points = _points(kind, batch, n)
     query = points[:, :queries].contiguous()
     # The median distance of the k-th neighbour: about half the balls hold more than k points.
     radius = float(ops.knn(query, points, k).distance[..., -1].median().sqrt())
 
-    def call() -> tuple[Tensor, Tensor]:
-        index, distance, _ = ops.ball_query(query, points, radius, k, mode=mode)
-        return distance, index
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        index, distance, count = ops.ball_query(query, points, radius, k, mode=mode)
+        return distance, index, count
 
     peers = (neighbor_peers if mode == "nearest" else first_in_ball_peers)(query, points, k, radius)
     if batch * queries * n <= TWIN_LIMIT:
@@ -137,8 +150,10 @@ def _ball_case(batch: int, queries: int, n: int, k: int, mode: Any, target: floa
         flop=PAIR_FLOP * batch * queries * n,
         flop_is=PER_PAIR,
         peers=peers,
-        differs=functools.partial(_distances_differ, radius=radius),
+        differs=functools.partial(balls_differ, query, points, radius, mode),
         target=target,
+        cloud=kind,
+        slow=SLOW_CALL,
     )
 
 
@@ -170,8 +185,8 @@ def _group_case(batch: int, n: int, queries: int, k: int, channels: int, backwar
     )
 
 
-def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float | None = None) -> Case:
-    x, y = surfaces(batch, n), surfaces(batch, n, seed=1)
+def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float | None = None, kind: str = "") -> Case:
+    x, y = _points(kind, batch, n), _points(kind, batch, n, seed=1)
     distance = ops.chamfer_distance_patches if form == "patches" else ops.chamfer_distance
 
     def run(measure: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
@@ -196,6 +211,8 @@ def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float |
         peers=peers,
         differs=_values_differ,
         target=target,
+        cloud=kind,
+        slow=SLOW_CALL,
     )
 
 
@@ -209,7 +226,14 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _picks_differ(points: Tensor, ours: Tensor, theirs: Tensor) -> str:
-    """Compare picks; others than ours are right, too, if each is farthest from those before it (a peer may start elsewhere)."""
+    """Compare picks; others than ours are right, too, if each is farthest from those before it (a peer may start elsewhere).
+
+    A peer may give positions ``[B, k, 3]`` in another order.
+    """
+    if theirs.is_floating_point():
+        positions = points.gather(1, ours[..., None].expand(-1, -1, 3))
+        same = all(torch.equal(a.unique(dim=0), b.unique(dim=0)) for a, b in zip(positions, theirs, strict=True))
+        return "" if same else "other positions"
     if torch.equal(ours, theirs):
         return ""
     if ours.shape != theirs.shape:
@@ -221,15 +245,6 @@ def _picks_differ(points: Tensor, ours: Tensor, theirs: Tensor) -> str:
                 return f"pick {step} is not farthest from those before it"
             nearest = torch.minimum(nearest, (cloud - cloud[pick]).square().sum(1))
     return ""
-
-
-def _distances_differ(ours: Any, theirs: Any, radius: float = math.inf) -> str:
-    """Compare distances of the neighbours found; indices may differ where distances are equal, and what lies on the sphere may be out."""
-    a, b = (found[0].sqrt().clamp(max=radius * (1 - 1e-5)) for found in (ours, theirs))
-    if a.shape != b.shape:
-        return f"distances of shape {list(b.shape)} instead of {list(a.shape)}"
-    wrong = ~torch.isclose(a, b, rtol=1e-4, atol=1e-5)
-    return f"{int(wrong.sum())} of {wrong.numel()} distances differ" if bool(wrong.any()) else ""
 
 
 def _values_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:

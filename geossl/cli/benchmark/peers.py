@@ -43,7 +43,7 @@ def twin(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def _each(search: Callable[[Tensor, Tensor], tuple[Any, Any]], query: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def each_cloud(search: Callable[[Tensor, Tensor], tuple[Any, Any]], query: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Search cloud by cloud; ``search`` gives plain distances and indices as arrays or tensors."""
     found = [search(q, p) for q, p in zip(query, points, strict=True)]
     distance = torch.stack([torch.as_tensor(d, dtype=torch.float32) for d, _ in found]).square_()
@@ -63,7 +63,7 @@ def farthest_point_peers(points: Tensor, k: int) -> Peers:
 
     if fpsample := importable("fpsample"):
         peers["fpsample.fps_sampling"] = each(functools.partial(fpsample.fps_sampling, n_samples=k, start_idx=0))
-        for height in (3, 5, 7):
+        for height in (3, 5, 7, 9):
             if 2**height <= n // 4:
                 bucket = functools.partial(fpsample.bucket_fps_kdline_sampling, n_samples=k, h=height, start_idx=0)
                 peers[f"fpsample.bucket_fps_kdline_sampling h={height}"] = each(bucket)
@@ -74,85 +74,25 @@ def farthest_point_peers(points: Tensor, k: int) -> Peers:
         )
     if pytorch3d := importable("pytorch3d.ops"):
         peers["pytorch3d.sample_farthest_points"] = lambda: pytorch3d.sample_farthest_points(points, K=k)[1]
-    if open3d := importable("open3d.ml.torch"):
-        peers["open3d.ml.torch furthest_point_sampling"] = lambda: open3d.ops.furthest_point_sampling(points, k).long()
-    return peers
-
-
-# Neighbours ----------------------------------------------------------------------------------------------------------------------------
-
-
-def neighbor_peers(query: Tensor, points: Tensor, k: int, radius: float | None = None) -> Peers:
-    """Peers of ``knn`` and, with a radius, of ``ball_query(mode="nearest")``: squared distances and indices ``[B, Q, k]``."""
-    limit = {} if radius is None else {"distance_upper_bound": radius}
-    peers: Peers = {}
-    if scipy := importable("scipy.spatial"):
-
-        def tree(q: Tensor, p: Tensor) -> tuple[Any, Any]:
-            return scipy.cKDTree(p.numpy()).query(q.numpy(), k, workers=torch.get_num_threads(), **limit)
-
-        peers["scipy.spatial.cKDTree"] = functools.partial(_each, tree, query, points)
-    if pykdtree := importable("pykdtree.kdtree"):
-
-        def kdtree(q: Tensor, p: Tensor) -> tuple[Any, Any]:
-            return pykdtree.KDTree(p.numpy()).query(q.numpy(), k=k, **limit)
-
-        peers["pykdtree.KDTree"] = functools.partial(_each, kdtree, query, points)
+    if torch_fpsample := importable("torch_fpsample"):
+        for height in (3, 5, 7):
+            if 2**height <= n // 4:
+                title = f"torch_fpsample.sample h={height}"
+                peers[title] = functools.partial(lambda h: torch_fpsample.sample(points, k, h=h, start_idx=0)[1], height)
+    if learning := importable("open3d.ml.torch"):
+        peers["open3d.ml.torch furthest_point_sampling"] = lambda: learning.ops.furthest_point_sampling(points, k).long()
     if open3d := importable("open3d"):
-        peers["open3d.core.nns"] = functools.partial(_each, functools.partial(_open3d_search, open3d.core, k, radius), query, points)
-    if radius is None:
-        peers |= _knn_only_peers(query, points, k)
+        peers["open3d.geometry farthest_point_down_sample"] = functools.partial(_open3d_samples, open3d, points, k)
     return peers
 
 
-def _open3d_search(core: Any, k: int, radius: float | None, query: Tensor, points: Tensor) -> tuple[Any, Any]:
-    search = core.nns.NearestNeighborSearch(core.Tensor.from_numpy(points.numpy()), core.int32)
-    wanted = core.Tensor.from_numpy(query.numpy())
-    if radius is None:
-        search.knn_index()
-        index, square = search.knn_search(wanted, k)
-        return np.sqrt(square.numpy()), index.numpy()
-    search.hybrid_index(radius)
-    index, square, _ = search.hybrid_search(wanted, radius, k)
-    rows = index.numpy()
-    return np.where(rows < 0, np.inf, np.sqrt(square.numpy())), rows
-
-
-def _knn_only_peers(query: Tensor, points: Tensor, k: int) -> Peers:
-    batch, n = points.shape[:2]
-    peers: Peers = {}
-    if torch_cluster := importable("torch_cluster"):
-        rows, of_point, of_query = query.reshape(-1, 3), *(torch.arange(batch).repeat_interleave(x.shape[1]) for x in (points, query))
-
-        def cluster() -> tuple[Tensor, Tensor]:
-            found = torch_cluster.knn(points.reshape(-1, 3), rows, k, of_point, of_query)[1]
-            square = (rows[:, None] - points.reshape(-1, 3)[found.view(-1, k)]).square().sum(-1)
-            return square.view(batch, -1, k), (found % n).view(batch, -1, k)
-
-        peers["torch_cluster.knn"] = cluster
-    if pytorch3d := importable("pytorch3d.ops"):
-        peers["pytorch3d.knn_points"] = lambda: pytorch3d.knn_points(query, points, K=k)[:2]
-    if query.shape[0] * query.shape[1] * n <= TABLE_LIMIT:
-
-        def table() -> tuple[Tensor, Tensor]:
-            distance, index = torch.cdist(query, points, compute_mode="donot_use_mm_for_euclid_dist").topk(k, largest=False)
-            return distance.square_(), index
-
-        peers["torch.cdist + topk"] = table
-    return peers
-
-
-def first_in_ball_peers(query: Tensor, points: Tensor, k: int, radius: float) -> Peers:
-    """Peers of ``ball_query(mode="first")``: squared distances and indices ``[B, Q, k]``."""
-    peers: Peers = {}
-    if pytorch3d := importable("pytorch3d.ops"):
-
-        def ball() -> tuple[Tensor, Tensor]:
-            square, index, _ = pytorch3d.ball_query(query, points, K=k, radius=radius, return_nn=False)
-            return torch.where(index < 0, torch.inf, square), index
-
-        peers["pytorch3d.ball_query"] = ball
-    return peers
+def _open3d_samples(open3d: Any, points: Tensor, k: int) -> Tensor:
+    """Positions ``[B, k, 3]``: this one does not say which rows it picked."""
+    found = []
+    for cloud in points:
+        vectors = open3d.utility.Vector3dVector(cloud.double().numpy())
+        found.append(np.asarray(open3d.geometry.PointCloud(vectors).farthest_point_down_sample(k).points))
+    return torch.from_numpy(np.stack(found)).float()
 
 
 # Grouping ------------------------------------------------------------------------------------------------------------------------------
@@ -187,13 +127,20 @@ def chamfer_peers(x: Tensor, y: Tensor) -> dict[str, Callable[[Tensor, Tensor], 
             distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
             return distance.argmin(2), distance.argmin(1)
 
+        def nearest_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            square = torch.baddbmm(b.square().sum(-1)[:, None], a, b.mT, alpha=-2).add_(a.square().sum(-1)[..., None])
+            return square.argmin(2), square.argmin(1)
+
         peers["torch.cdist argmin + gather"] = functools.partial(_matched, nearest_of_table)
+        peers["torch.baddbmm argmin + gather"] = functools.partial(_matched, nearest_of_product)
     if scipy := importable("scipy.spatial"):
         query = functools.partial(_scipy_nearest, scipy.cKDTree)
         peers["scipy.spatial.cKDTree + gather"] = functools.partial(_matched, functools.partial(_both_nearest, query))
     if pykdtree := importable("pykdtree.kdtree"):
         query = functools.partial(_pykdtree_nearest, pykdtree.KDTree)
         peers["pykdtree.KDTree + gather"] = functools.partial(_matched, functools.partial(_both_nearest, query))
+    if torch_cluster := importable("torch_cluster"):
+        peers["torch_cluster.knn + gather"] = functools.partial(_matched, functools.partial(_cluster_nearest, torch_cluster))
     if pytorch3d := importable("pytorch3d.loss"):
         peers["pytorch3d.chamfer_distance"] = lambda a, b: pytorch3d.chamfer_distance(a, b)[0]
     return peers
@@ -205,6 +152,14 @@ def _scipy_nearest(tree: Any, query: np.ndarray, points: np.ndarray) -> np.ndarr
 
 def _pykdtree_nearest(tree: Any, query: np.ndarray, points: np.ndarray) -> np.ndarray:
     return tree(points).query(query)[1].astype(np.int64)
+
+
+def _cluster_nearest(torch_cluster: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    (batch, n, _), m = x.shape, y.shape[1]
+    of_x, of_y = torch.arange(batch).repeat_interleave(n), torch.arange(batch).repeat_interleave(m)
+    flat_x, flat_y = x.reshape(-1, 3), y.reshape(-1, 3)
+    to_y = torch_cluster.knn(flat_y, flat_x, 1, of_y, of_x)[1].view(batch, n) % m
+    return to_y, torch_cluster.knn(flat_x, flat_y, 1, of_x, of_y)[1].view(batch, m) % n
 
 
 def _both_nearest(nearest: Callable[[np.ndarray, np.ndarray], np.ndarray], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

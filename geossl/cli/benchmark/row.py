@@ -21,6 +21,8 @@ class Peer:
     """Highest resident memory of the process during one call."""
     ratio: float | None = None
     """Its CPU time over ours: above 1, ours is quicker."""
+    repeats: int = 0
+    """Samples the medians are of; 1 for one that is so much slower that more would say nothing."""
 
 
 @dataclass(kw_only=True)
@@ -83,6 +85,17 @@ class Row:
     """Of the last minute, at the end of the row: how busy the machine was."""
     machine: str
     """Processor, versions, and what ran the operators."""
+    cloud: str = ""
+    """Kind of cloud, which the name ends in; "" where there is only one."""
+    bar: float | None = None
+    """What the geometric mean of ``peer_ratio`` over the kinds of cloud should reach."""
+    aim: float | None = None
+    """What it is hoped to reach."""
+
+    @property
+    def group(self) -> str:
+        """The name without the kind of cloud."""
+        return self.name.removesuffix(f"/{self.cloud}")
 
     @classmethod
     def of(cls, *, cpu_s: float, flop: int, gemm_flops: float, copy_bytes_per_s: float, peers: list[Peer], **known: Any) -> Row:
@@ -105,6 +118,11 @@ class Row:
             share_of_step=cpu_s / step if step else None,
             **known,
         )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Row:
+        """Make a row of what :meth:`as_json` gave."""
+        return cls(**{**values, "peers": [Peer(**peer) for peer in values["peers"]]})
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as plain values."""
