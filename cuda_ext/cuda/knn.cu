@@ -1,5 +1,5 @@
 // k nearest neighbours and ball query on the GPU by comparing each query with all points: one warp per query, 32 points at a time. For large
-// clouds there is tree.cu; geossl/ops/tree.py chooses.
+// clouds there is tree.cu; geossl/ops/_tree.py chooses.
 #include "search.cuh"
 
 namespace geossl {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2) nearest_kernel(Search<T> s) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) first_kernel(Search<T> s) {
+__global__ void __launch_bounds__(kThreads, 4) first_kernel(Search<T> s) {
   const int lane = threadIdx.x & 31;
   const int64_t warps = int64_t{gridDim.x} * (kThreads / 32);
   for (int64_t row = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32; row < s.rows; row += warps) {
