@@ -70,6 +70,15 @@ __device__ __forceinline__ double warp_largest(double d) {
   return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 | low));
 }
 
+// The smallest of numbers that are not negative.
+__device__ __forceinline__ float warp_smallest(float d) { return __int_as_float(static_cast<int>(warp_min(static_cast<unsigned>(__float_as_int(d))))); }
+__device__ __forceinline__ double warp_smallest(double d) {
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(d));
+  const auto own = static_cast<unsigned>(bits >> 32);
+  const unsigned high = warp_min(own), low = warp_min(own == high ? static_cast<unsigned>(bits) : ~0u);
+  return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(high) << 32 | low));
+}
+
 template <class V>
 __device__ __forceinline__ V warp_sum(V value) {
   for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(kAllLanes, value, offset);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geossl.errors import unknown_name
-from geossl.ops import _checks, _dispatch
+from geossl.ops import _checks, _dispatch, _tree
 from geossl.ops._native import DOUBLE, INT, INT64, PTR
 from geossl.ops.reference import neighbors as reference
 
@@ -82,6 +82,9 @@ def _knn_native(
     query, points = query.contiguous(), points.contiguous()
     batching = _batching("knn", query, points, query_lengths, lengths, query_offsets, offsets)
     distance, index = _knn_fake(query, points, k)
+    if kind == "cuda" and _tree.pays(query, points, k, batching[3]):
+        _tree.search(query, points, k, *batching, radius, None, exclude_self, False, False, distance, index, None)
+        return distance, index
     _knn_c[kind](
         *_dispatch.place(kind, query), query.dtype == torch.float64, *_clouds(query, points, *batching), k, radius, exclude_self,
         distance.data_ptr(), index.data_ptr(),
@@ -118,6 +121,9 @@ def _ball_native(
     _check_radii(radii)
     radii = None if radii is None else radii.to(query.dtype).contiguous()
     index, distance, count = _ball_fake(query, points, k)
+    if kind == "cuda" and _tree.pays(query, points, k, batching[3]):
+        _tree.search(query, points, k, *batching, radius, radii, False, first, repeat, distance, index, count)
+        return index, distance, count
     _ball_c[kind](
         *_dispatch.place(kind, query), query.dtype == torch.float64, *_clouds(query, points, *batching), k, radius,
         _dispatch.pointer(radii), first, repeat, distance.data_ptr(), index.data_ptr(), count.data_ptr(),
