@@ -64,9 +64,9 @@ def _run(c: Any, kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor 
         raise
 
 
-def _prepare(x: Tensor, *indices: Tensor | None) -> tuple[Tensor, ...]:
+def _prepare(x: Tensor, *indices: Tensor | None) -> tuple[Any, ...]:
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide.contiguous(), *(None if i is None else i.contiguous() for i in indices)  # type: ignore[return-value]
+    return wide.contiguous(), *(None if i is None else i.contiguous() for i in indices)
 
 
 def _sum_native(kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, mean: bool) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -42,11 +43,15 @@ def compile_sources(name: str, sources: list[Path], mode: str, *extra: str) -> P
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = []
-        for source in sources:  # one by one, as nvcc compiles them: names of different files must not meet
-            objects.append(Path(folder) / f"{source.stem}{source.suffix}.o")
+
+        def compiled(source: Path) -> Path:  # one by one, as nvcc compiles them: names of different files must not meet
+            object_file = Path(folder) / f"{source.stem}{source.suffix}.o"
             language = ["-x", "c++"] if source.suffix == ".cu" else []
-            subprocess.run([CXX, *flags, *includes, "-fPIC", "-c", *language, str(source), "-o", str(objects[-1])], check=True)
+            subprocess.run([CXX, *flags, *includes, "-fPIC", "-c", *language, str(source), "-o", str(object_file)], check=True)
+            return object_file
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sources))
         built = Path(folder) / "built"
         subprocess.run([CXX, *flags, *map(str, objects), "-lpthread", "-o", str(built)], check=True)
         os.replace(built, target)  # two test processes may build at once; either result will do
