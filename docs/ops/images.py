@@ -109,7 +109,7 @@ def chamfer() -> Figure:
         moved = (moved - 0.15 * len(moved) * gradient).detach().requires_grad_()
         losses.append(float(loss.detach()))
     made, panels = figure(
-        3, ["a sphere and the target", "each point to its nearest", f"after {len(losses)} steps: {losses[0]:.2g} to {losses[-1]:.2g}"]
+        3, ["a sphere and the target", "each point to its nearest", after]
     )
     nearest = ops.knn(start[None], target[None], 1).index[0, :, 0]
     for panel, points in zip(panels, (start, start, moved.detach()), strict=True):
