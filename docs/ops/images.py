@@ -108,9 +108,8 @@ def chamfer() -> Figure:
         (gradient,) = torch.autograd.grad(loss, moved)
         moved = (moved - 0.15 * len(moved) * gradient).detach().requires_grad_()
         losses.append(float(loss.detach()))
-    made, panels = figure(
-        3, ["a sphere and the target", "each point to its nearest", after]
-    )
+    after = f"after {len(losses)} steps: {losses[0]:.2g} to {losses[-1]:.2g}"
+    made, panels = figure(3, ["a sphere and the target", "each point to its nearest", after])
     nearest = ops.knn(start[None], target[None], 1).index[0, :, 0]
     for panel, points in zip(panels, (start, start, moved.detach()), strict=True):
         dots(panel, target, GREY, 9)
