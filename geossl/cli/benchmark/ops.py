@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geossl import ops
 from geossl.cli.benchmark import voxel_rows
-from geossl.cli.benchmark.clouds import KINDS, clouds, surfaces
+from geossl.cli.benchmark.clouds import KINDS, OFF_GRID, clouds, surfaces
 from geossl.cli.benchmark.measure import Case, nbytes
 from geossl.cli.benchmark.neighbor_peers import balls_differ, distances_differ, first_in_ball_peers, neighbor_peers
 from geossl.cli.benchmark.peers import TWIN_LIMIT, chamfer_peers, farthest_point_peers, group_peers, twin
@@ -133,7 +133,7 @@ def _ball_case(batch: int, queries: int, n: int, k: int, mode: Any, target: floa
     points = _points(kind, batch, n)
     query = points[:, :queries].contiguous()
     # The median distance of the k-th neighbour: about half the balls hold more than k points.
-    radius = float(ops.knn(query, points, k).distance[..., -1].median().sqrt())
+    radius = OFF_GRID * float(ops.knn(query, points, k).distance[..., -1].median().sqrt())
 
     def call() -> tuple[Tensor, Tensor, Tensor]:
         index, distance, count = ops.ball_query(query, points, radius, k, mode=mode)
