@@ -473,6 +473,10 @@ def test_bars_are_shown(capsys):
     shown = capsys.readouterr().out
     assert "met: 1.2" in shown
     assert "missed: 2" in shown
+    assert "was busy" not in shown
+    rows[0].load_average = 1e4
+    benchmark._show(rows)
+    assert "the machine was busy (load average up to 10000.0)" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.slow
