@@ -193,6 +193,17 @@ def test_values_are_compared():
     assert ops._values_differ(ours, [torch.tensor(math.nan), torch.ones(3)]).startswith("result differs")
 
 
+def test_gradients_may_differ_where_neighbours_tie():
+    x, y = torch.tensor([[[0.0, 0, 0]]]), torch.tensor([[[1.0, 0, 0], [-1.0, 0, 0]]])
+    to_y = torch.tensor([[[1.0, 0, 0], [-1.0, 0, 0]]])
+    ours, theirs, wrong = ([torch.tensor(2.0), torch.tensor([[[sign, 0, 0]]]), to_y + torch.tensor([[[a, 0, 0], [b, 0, 0]]])]
+                           for sign, a, b in ((-2.0, 2.0, 0.0), (2.0, 0.0, -2.0), (2.0, 0.0, 2.0)))  # fmt: skip
+    assert ops._values_differ(ours, theirs) != ""
+    assert ops._losses_differ(x, y, ours, theirs) == ""
+    assert "gradient" in ops._losses_differ(x, y, ours, wrong)
+    assert "result" in ops._losses_differ(x, y, ours, [theirs[0] + 1, *theirs[1:]])
+
+
 # Measuring ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +473,10 @@ def test_bars_are_shown(capsys):
     shown = capsys.readouterr().out
     assert "met: 1.2" in shown
     assert "missed: 2" in shown
+    assert "was busy" not in shown
+    rows[0].load_average = 1e4
+    benchmark._show(rows)
+    assert "the machine was busy (load average up to 10000.0)" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.slow
@@ -524,7 +539,7 @@ def test_times_are_readable(value, text):
         (
             ["ops", "--quick", "--threads", "1", "--rows", "knm*"],
             ConfigError,
-            "no row of the ops benchmark matches 'knm\\*'; there are: farthest",
+            "ops benchmark matches 'knm\\*'; there are: farthest",
         ),
         (["ops", "--threads", "0"], ConfigError, "threads must be numbers of at least 1"),
         (["ops", "--threads", "1,1"], ConfigError, "without repeats"),

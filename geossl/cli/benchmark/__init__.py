@@ -184,7 +184,7 @@ def _draw(suite: str, config: BenchmarkConfig, rows: list[Any]) -> None:
 def _show(rows: list[Any]) -> None:
     from rich.console import Console
 
-    from geossl.cli.benchmark.bars import groups_of, table_of_bars, table_of_growth
+    from geossl.cli.benchmark.bars import BUSY, groups_of, speed_ups, table_of_bars, table_of_growth
     from geossl.cli.benchmark.row import table_of
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
@@ -193,6 +193,11 @@ def _show(rows: list[Any]) -> None:
         console.print(table_of_bars(groups))
         if growth := table_of_growth(groups):
             console.print(growth)
+        busiest = max(row.load_average for row in rows)
+        if speed_ups(groups) and busiest > BUSY * (os.cpu_count() or 1):
+            console.print(
+                f"the machine was busy (load average up to {busiest}): wall times and speed-ups say little", markup=False
+            )
     for row in rows:
         for peer in row.peers:
             if peer.differs:

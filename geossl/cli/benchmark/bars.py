@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from geossl.cli.benchmark.row import Row, seconds
 
-BUSY = 0.5  # load average per core above which wall times are doubtful: the benchmark itself adds to it
+BUSY = 1.2  # load average per core above which wall times are doubtful; the benchmark itself adds up to one
 
 
 class Bar(NamedTuple):

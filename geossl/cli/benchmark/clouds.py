@@ -16,6 +16,8 @@ from torch import Tensor
 
 TRACKS, STEPS = 24, 400  # curves of a track-like cloud, and the straight pieces of each
 
+OFF_GRID = 1.0003  # widens a radius taken from a distance: else, on a grid, many points lie on the sphere, where rounding decides
+
 
 def surfaces(batch: int, points: int, seed: int = 0) -> Tensor:
     """Draw ``[batch, points, 3]`` float32 on bumpy spheres within the unit ball, in random order."""

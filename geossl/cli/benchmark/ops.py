@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geossl import ops
 from geossl.cli.benchmark import voxel_rows
-from geossl.cli.benchmark.clouds import KINDS, clouds, surfaces
+from geossl.cli.benchmark.clouds import KINDS, OFF_GRID, clouds, surfaces
 from geossl.cli.benchmark.measure import Case, nbytes
 from geossl.cli.benchmark.neighbor_peers import balls_differ, distances_differ, first_in_ball_peers, neighbor_peers
 from geossl.cli.benchmark.peers import TWIN_LIMIT, chamfer_peers, farthest_point_peers, group_peers, twin
@@ -133,7 +133,7 @@ def _ball_case(batch: int, queries: int, n: int, k: int, mode: Any, target: floa
     points = _points(kind, batch, n)
     query = points[:, :queries].contiguous()
     # The median distance of the k-th neighbour: about half the balls hold more than k points.
-    radius = float(ops.knn(query, points, k).distance[..., -1].median().sqrt())
+    radius = OFF_GRID * float(ops.knn(query, points, k).distance[..., -1].median().sqrt())
 
     def call() -> tuple[Tensor, Tensor, Tensor]:
         index, distance, count = ops.ball_query(query, points, radius, k, mode=mode)
@@ -209,7 +209,7 @@ def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float |
         flop=PAIR_FLOP * batch * n * n,
         flop_is=PER_PAIR + ", both directions sharing it",
         peers=peers,
-        differs=_values_differ,
+        differs=functools.partial(_losses_differ, x, y) if kind == "duplicates" and backward else _values_differ,
         target=target,
         cloud=kind,
         slow=SLOW_CALL,
@@ -253,3 +253,16 @@ def _values_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
         if not error < 1e-4:
             return f"{what} differs by {error:.2g} of its norm"
     return ""
+
+
+def _losses_differ(x: Tensor, y: Tensor, ours: list[Tensor], theirs: list[Tensor]) -> str:
+    """Compare losses where ties let a point choose among neighbours, and with it the gradients.
+
+    Whatever is chosen, the loss is a square of the coordinates, so by Euler's theorem their product with the gradient is twice the loss.
+    """
+    if different := _values_differ(ours[:1], theirs[:1]):
+        return different
+    loss, of_x, of_y = theirs
+    product = float((of_x * x).double().sum() + (of_y * y).double().sum())
+    error = abs(product - 2 * float(loss)) / max(2 * float(loss), 1e-30)
+    return "" if error < 1e-3 else f"the gradient is off by {error:.2g}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import geossl.ops
-from geossl.cli.benchmark.clouds import KINDS, clouds
+from geossl.cli.benchmark.clouds import KINDS, OFF_GRID, clouds
 from geossl.cli.benchmark.measure import Case, nbytes
 from geossl.cli.benchmark.neighbor_peers import radius_peers
 from geossl.cli.benchmark.peers import TWIN_LIMIT, twin
@@ -129,7 +129,7 @@ def _neighbor_rows(coords: Tensor) -> Tensor:
 def _radius_case(queries: int, n: int, kind: str) -> Case:
     points = clouds(kind, 1, n)[0]
     query = points[:queries].contiguous()
-    radius = float(ops.knn(query[None], points[None], min(32, n)).distance[..., -1].median().sqrt())
+    radius = OFF_GRID * float(ops.knn(query[None], points[None], min(32, n)).distance[..., -1].median().sqrt())
     call = functools.partial(ops.radius_search, query, points, radius)
     pairs = len(call().index)
     return Case(
