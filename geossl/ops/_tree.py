@@ -51,16 +51,13 @@ def _order(points: Tensor, clouds: tuple[Any, ...], offsets: Tensor | None) -> T
     """Return the rows of contiguous ``points`` sorted along the curve within their clouds, invalid ones and padding last, ``[rows]``."""
     rows, batch = points.numel() // 3, clouds[-1]
     order = torch.arange(rows, device=points.device)
-    if offsets is None:
-        group = order // max(1, points.shape[-2])
-    else:
-        group = (torch.searchsorted(offsets, order, right=True) - 1).clamp(0, batch)
+    group = order // points.shape[-2] if offsets is None else (torch.searchsorted(offsets, order, right=True) - 1).clamp(0, batch)
     bounds = torch.empty(max(rows, batch + 1) * 6, dtype=points.dtype, device=points.device)
     for again in reversed(range(ROUNDS)):
         key = torch.empty_like(order)
         _keys_c(
-            *_dispatch.place("cuda", points), points.dtype == torch.float64, *clouds, order.data_ptr(), group.data_ptr(), bounds.numel() // 6,
-            bounds.data_ptr(), key.data_ptr(),
+            *_dispatch.place("cuda", points), points.dtype == torch.float64, *clouds, order.data_ptr(), group.data_ptr(),
+            bounds.numel() // 6, bounds.data_ptr(), key.data_ptr(),
         )  # fmt: skip
         key, moved = torch.sort(key, stable=True)
         order = order[moved]
