@@ -51,9 +51,7 @@ def _order(points: Tensor, clouds: tuple[Any, ...], offsets: Tensor | None) -> T
     """Return the rows of contiguous ``points`` sorted along the curve within their clouds, invalid ones and padding last, ``[rows]``."""
     rows, batch = points.numel() // 3, clouds[-1]
     order = torch.arange(rows, device=points.device)
-    group = order // max(1, points.shape[-2])
-    if offsets is not None:
-        group = (torch.searchsorted(offsets, order, right=True) - 1).clamp(0, batch)
+    group = order // points.shape[-2] if offsets is None else (torch.searchsorted(offsets, order, right=True) - 1).clamp(0, batch)
     bounds = torch.empty(max(rows, batch + 1) * 6, dtype=points.dtype, device=points.device)
     for again in reversed(range(ROUNDS)):
         key = torch.empty_like(order)

@@ -145,7 +145,7 @@ def test_what_a_tree_holds(inputs, host_library, kind, dtype):
     "kind", ["uniform", "mesh", "tracks", "duplicates", "identical", "collinear", "far", "tiny", "outlier", "invalid", "nested"]
 )
 def test_few_leaves_are_as_near_as_the_neighbours(inputs, host_library, kind):
-    """The work of a search: how many leaves may hold one of the 8 nearest, in the order that prunes: (distance, lowest row)."""
+    """The work of a search: how many leaves may hold one of the 8 nearest, by the order (distance, lowest row) it prunes by."""
     n = 6000
     if kind == "nested":  # three scales, a million apart
         points = inputs.make_cloud("uniform", n)
