@@ -122,8 +122,9 @@ def chamfer() -> Figure:
 def voxels() -> Figure:
     """Points, the voxels they are in, and the mean of each voxel."""
     points, size = cloud(), 0.2
-    cells, inverse, count = (points / size).floor().int().unique(dim=0, return_inverse=True, return_counts=True)
-    means = torch.zeros(len(cells), 3).index_add_(0, inverse, points) / count[:, None]
+    found = ops.voxelize(points[None], size)
+    cells, count = found.coords[:, 1:], found.counts
+    means = ops.voxel_reduce(points[None], found)
     made, (a, b, c) = figure(3, [f"{len(points):,} points", f"{len(cells)} voxels of {size}, by their points", "the mean of each voxel"])
     dots(a, points, GREEN, 4)
     low = cells.amin(0)
@@ -146,7 +147,7 @@ def segments() -> Figure:
     splits = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     values = torch.tensor([2.0, 4, 3, 1, 1, 5, 2, 1, 3, 3, 4, 2])
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
-    means = torch.zeros(len(lengths)).index_add_(0, owner, values) / lengths.clamp(min=1)
+    means = ops.segment_reduce(values, splits, "mean")
     made, (panel,) = figure(1, [""], 2.9, spatial=False)
     made.set_size_inches(8, 2.9)
     colors = (GREEN, BLUE, GREY, RED)
@@ -172,10 +173,11 @@ def segments() -> Figure:
 def sparse() -> Figure:
     """The voxels a kernel of three reads around one voxel."""
     points, size = cloud(), 0.2
-    cells = (points / size).floor().int().unique(dim=0)
-    distance = (cells[:, None] - cells[None]).abs().amax(-1)
-    center = int(((distance <= 1).sum(1) - 14).abs().argmin())  # on a thin part, where half of the kernel meets nothing
-    near = distance[center] <= 1
+    coords = ops.voxelize(points[None], size).coords
+    cells, index = coords[:, 1:], ops.neighbor_map(coords).index  # [27, V]
+    center = int(((index >= 0).sum(0) - 14).abs().argmin())  # on a thin part, where half of the kernel meets nothing
+    near = torch.zeros(len(cells), dtype=torch.bool)
+    near[index[:, center][index[:, center] >= 0]] = True
     made, (a, b) = figure(2, [f"{len(cells)} voxels", f"kernel of 3: {int(near.sum())} of 27 places hold a voxel"])
     middle = (cells + 0.5) * size
     dots(a, middle, GREEN, 22)

@@ -195,9 +195,7 @@ def _show(rows: list[Any]) -> None:
             console.print(growth)
         busiest = max(row.load_average for row in rows)
         if speed_ups(groups) and busiest > BUSY * (os.cpu_count() or 1):
-            console.print(
-                f"the machine was busy (load average up to {busiest}): wall times and speed-ups say little", markup=False
-            )
+            console.print(f"the machine was busy (load average up to {busiest}): wall times and speed-ups say little", markup=False)
     for row in rows:
         for peer in row.peers:
             if peer.differs:

@@ -39,9 +39,9 @@ BARS = {
     "ball_query/512 of 2048, k=32": Bar(2, 4),
     "ball_query/4096 of 100000, k=32": Bar(1.5, 3),
     "ball_query/100000 of 100000, k=32": Bar(1.5, 2.5),
-    "voxelize + mean/100000 at 0.02, 32 channels": Bar(2, 3),
+    "voxelize + mean/100000 at 0.02, 32 channels": Bar(1.8, 3),
     "voxelize + mean/1000000 at 0.02, 32 channels": Bar(1.8, 3),
-    "voxelize + mean/1000000 at 0.05, 32 channels": Bar(2, 3.5),
+    "voxelize + mean/1000000 at 0.05, 32 channels": Bar(1.8, 3),
     "chamfer_distance_patches/128x32 to 32, backward": Bar(5, 10),
     "chamfer_distance/8x2048 to 2048, backward": Bar(1.7, 3),
 }
