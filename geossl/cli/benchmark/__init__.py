@@ -143,7 +143,12 @@ def run_suite(suite: str, config: BenchmarkConfig) -> list[Any]:
             case = found[name]()
             group = name.removesuffix(f"/{case.cloud}")
             peers = {title: run for title, run in case.peers.items() if title not in lost.get(group, ())}
-            row = measure(suite, name, dataclasses.replace(case, peers=peers), *((2, 0.001) if config.quick else (config.repeats,)))
+            row = measure(
+                suite,
+                name,
+                dataclasses.replace(case, peers=peers, warm=case.warm and not config.quick),
+                *((2, 0.001) if config.quick else (config.repeats,)),
+            )
             lost.setdefault(group, set()).update(peer.name for peer in row.peers if case.cloud and peer.repeats == 1)
             if bar := BARS.get(group):
                 row.bar, row.aim = bar.mean, bar.aim

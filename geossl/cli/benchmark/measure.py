@@ -114,8 +114,9 @@ def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SA
     flop = case.flop if case.flop is not None else count_flop(case.run)
     del answer
     first = {}  # for the memory, and to see how long a call takes
+    release_memory()
     for title, run in runs.items():
-        release_memory()
+        trim_memory()
         first[title] = case.clock(run, 1)
     lost = [title for title, sample in first.items() if sample.cpu > max(LOST_SECONDS, LOST * first[""].cpu)]
     samples: dict[str, list[Sample]] = {title: [first[title]] if title in lost else [] for title in runs}
@@ -175,6 +176,11 @@ def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SA
 def release_memory() -> None:
     """Give what is no longer used back to the system; glibc keeps freed memory resident, where it would hide what a call needs."""
     gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system without looking for cycles, which takes a quarter of a second where all peers are loaded."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
