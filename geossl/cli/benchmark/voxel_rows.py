@@ -75,8 +75,12 @@ def _off_the_faces(points: Tensor, size: float) -> Tensor:
 
 def _scatter_case(n: int, channels: int, rows: int) -> Case:
     values, index = _values(n, channels), torch.randint(rows, (n,), generator=torch.Generator().manual_seed(1))
-    return _reduction(f"{n:,} x {channels} to {rows:,} rows in random order", values, index, rows,
-                      lambda: torch.as_tensor(ops.scatter_reduce(values, index, rows, "mean")), reduce_peers(values, index, rows))  # fmt: skip
+
+    def call() -> Tensor:
+        return torch.as_tensor(ops.scatter_reduce(values, index, rows, "mean"))
+
+    inputs = f"{n:,} x {channels} to {rows:,} rows in random order"
+    return _reduction(inputs, values, index, rows, call, reduce_peers(values, index, rows))
 
 
 def _segment_case(n: int, channels: int, rows: int) -> Case:
