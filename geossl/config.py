@@ -195,7 +195,7 @@ class _Builder:
         return _replace(default, changes, path)
 
     def choose(self, registry: Registry[Any], default: Any, data: Any, path: str) -> Any:
-        """Return the configuration of the variant that ``data`` (or a flag) names, with the other keys of ``data`` replaced."""
+        """Return the variant that ``data`` or a flag names, else ``default``, with the other keys of ``data`` replaced."""
         data = {"name": data} if isinstance(data, str) else {} if data is None and default is None else data
         if not isinstance(data, Mapping):
             raise ConfigError(f"{path} must be a {registry.kind} name or a mapping with the key 'name', got {data!r}")
@@ -208,6 +208,8 @@ class _Builder:
             if dropped:
                 log.warning("%s.name is now %s: the file's %s belong to %s and are left out", path, name, ", ".join(dropped), in_file)
             data = {}
+        if default is not None and "name" not in data and path not in self.names:
+            return self.merge(default, data, path)
         if not isinstance(name, str):
             raise ConfigError(f"{path}.name must be the name of a {registry.kind}, got {name!r}")
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -67,6 +68,9 @@ def finish(*arguments: str, processes: int = 0, code: int = 0) -> str:
 
 def test_the_quickstart_file_is_the_default() -> None:
     assert load_config(PretrainConfig, ROOT / "configs/point_mae/quickstart.yaml") == PretrainConfig()
+    assert load_config(PretrainConfig, None) == PretrainConfig()
+    assert load_config(PretrainConfig, None, ["--data.points", "512"]).data == dataclasses.replace(PretrainConfig().data, points=512)
+    assert load_config(PretrainConfig, None, ["--data.name", "objects"]).data == DATASETS.config("objects")  # chosen: its own defaults
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*mae/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
