@@ -8,6 +8,7 @@ namespace geossl {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // that fit a multiprocessor at least: 64 registers a thread, where the compiler would rather spill for more blocks
 
 __device__ __forceinline__ int64_t thread_number() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t thread_count() { return int64_t{gridDim.x} * kThreads; }
@@ -26,7 +27,7 @@ VoxelGrid grid_from(const double* values) {
 
 // One block per part of a cloud; bounds has six numbers per part.
 template <class T>
-__global__ void __launch_bounds__(kThreads) bounds_kernel(Points<T> points, Limits<T> limits, int64_t parts, double* bounds) {
+__global__ void __launch_bounds__(kThreads, kBlocks) bounds_kernel(Points<T> points, Limits<T> limits, int64_t parts, double* bounds) {
   GPU_SHARED(T, shared, 6 * kThreads);
   for (int64_t t = blockIdx.x; t < points.clouds.batch * parts; t += gridDim.x) {
     const int64_t b = t / parts, part = t - b * parts, count = points.clouds.size(b);
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) bounds_kernel(Points<T> points, Limi
 }
 
 template <class T, class Word>
-__global__ void __launch_bounds__(kThreads) keys_kernel(Points<T> points, VoxelGrid grid, const double* bounds, const VoxelFrame* frames, int order,
+__global__ void __launch_bounds__(kThreads, kBlocks) keys_kernel(Points<T> points, VoxelGrid grid, const double* bounds, const VoxelFrame* frames, int order,
                                                         int64_t total, int64_t count, Word* keys, Word* rows) {
   for (int64_t row = thread_number(); row < count; row += thread_count()) {
     const int64_t b = points.clouds.cloud_of(row);
@@ -78,14 +79,14 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(Points<T> points, VoxelG
 }
 
 template <class Word>
-__global__ void __launch_bounds__(kThreads) heads_kernel(const Word* keys, int64_t count, int64_t total, int64_t* heads) {
+__global__ void __launch_bounds__(kThreads, kBlocks) heads_kernel(const Word* keys, int64_t count, int64_t total, int64_t* heads) {
   for (int64_t i = thread_number(); i < count; i += thread_count())
     heads[i] = static_cast<int64_t>(keys[i]) != total && (i == 0 || keys[i - 1] != keys[i]);
 }
 
 // Where the points of each voxel begin and end among the sorted rows, and its first point. numbers: heads up to and with each row.
 template <class Word>
-__global__ void __launch_bounds__(kThreads) starts_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
+__global__ void __launch_bounds__(kThreads, kBlocks) starts_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
                                                           int64_t* starts, int64_t* firsts) {
   for (int64_t i = thread_number(); i < count; i += thread_count()) {
     const bool kept = static_cast<int64_t>(keys[i]) != total;
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) starts_kernel(const Word* keys, cons
 }
 
 template <class Word>
-__global__ void __launch_bounds__(kThreads) fill_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
+__global__ void __launch_bounds__(kThreads, kBlocks) fill_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
                                                         const int64_t* starts, const int64_t* rank, const int64_t* row_splits, int64_t* inverse,
                                                         int64_t* perm) {
   for (int64_t i = thread_number(); i < count; i += thread_count()) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(const Word* keys, const 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) coords_kernel(Points<T> points, VoxelGrid grid, const int64_t* perm, const int64_t* row_splits,
+__global__ void __launch_bounds__(kThreads, kBlocks) coords_kernel(Points<T> points, VoxelGrid grid, const int64_t* perm, const int64_t* row_splits,
                                                           int64_t voxels, int32_t* coords) {
   for (int64_t v = thread_number(); v < voxels; v += thread_count()) {
     const int64_t row = perm[row_splits[v]];
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) coords_kernel(Points<T> points, Voxe
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_kernel(const T* features, int64_t rows, int64_t channels, const int64_t* perm,
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const T* features, int64_t rows, int64_t channels, const int64_t* perm,
                                                        const int64_t* row_splits, int64_t voxels, bool mean, T* out) {
   for (int64_t i = thread_number(); i < voxels * channels; i += thread_count()) {
     const int64_t v = i / channels, c = i - v * channels, begin = row_splits[v], end = row_splits[v + 1];
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const T* features, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) extrema_kernel(const T* features, int64_t rows, int64_t channels, const int64_t* perm,
+__global__ void __launch_bounds__(kThreads, kBlocks) extrema_kernel(const T* features, int64_t rows, int64_t channels, const int64_t* perm,
                                                            const int64_t* row_splits, int64_t voxels, bool largest, T* out, int64_t* arg) {
   for (int64_t i = thread_number(); i < voxels * channels; i += thread_count()) {
     const int64_t v = i / channels, c = i - v * channels, end = row_splits[v + 1];
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) extrema_kernel(const T* features, in
   }
 }
 
-__global__ void __launch_bounds__(kThreads) table_kernel(const int32_t* coords, int64_t voxels, unsigned long long* table, int64_t slots) {
+__global__ void __launch_bounds__(kThreads, kBlocks) table_kernel(const int32_t* coords, int64_t voxels, unsigned long long* table, int64_t slots) {
   for (int64_t v = thread_number(); v < voxels; v += thread_count()) {
     uint64_t at = hash_cell(coords + 4 * v);
     while (atomicCAS(table + (at & static_cast<uint64_t>(slots - 1)), ~0ull, static_cast<unsigned long long>(v)) != ~0ull) ++at;
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) table_kernel(const int32_t* coords, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) corners_kernel(Points<T> points, int64_t rows, VoxelGrid grid, const int32_t* coords,
+__global__ void __launch_bounds__(kThreads, kBlocks) corners_kernel(Points<T> points, int64_t rows, VoxelGrid grid, const int32_t* coords,
                                                            const int64_t* table, int64_t slots, int64_t* index, T* weight) {
   for (int64_t row = thread_number(); row < rows; row += thread_count()) {
     const int64_t b = points.clouds.cloud_of(row);
