@@ -138,3 +138,42 @@ def test_group_variants(backend, channels, dtype):
     assert torch.equal(
         ops.group(features[0], index, fill=1), torch.where(index[..., None] < 0, torch.ones((), dtype=dtype), features[0][index])
     )
+
+
+@pytest.mark.slow
+def test_coordinates_beyond_32_bits(on_backend):
+    """The last cloud begins at element 2**31 + 2**20; the pages before it are never touched, so they take no memory."""
+    rows = (2**30 + 2**19) // 3 + 1
+    points = torch.empty(3, rows, 3)
+    cloud = torch.rand(1, 40, 3)
+    points[2, :40] = cloud[0]
+    query = torch.zeros(3, 5, 3)
+    query[2] = cloud[0, :5]
+    lengths, first = torch.tensor([0, 0, 40]), torch.arange(2, 3)
+    assert points[2].storage_offset() > 2**31
+    with on_backend("cpu"):
+        picked = ops.farthest_point_sample(points, 8, lengths=lengths)[2:]
+        assert torch.equal(picked, ops.farthest_point_sample(cloud, 8))
+    for backend in ("cpu", "cuda"):
+        with on_backend(backend):
+            for search in (
+                lambda q, p, **more: ops.knn(q, p, 7, **more),
+                lambda q, p, **more: ops.ball_query(q, p, 0.4, 7, **more),
+                lambda q, p, **more: ops.ball_query(q, p, 0.4, 7, mode="first", **more),
+            ):
+                for got, want in zip(search(query, points, lengths=lengths), search(query[2:], cloud), strict=True):
+                    assert torch.equal(got[first], want)
+            got, want = ops.radius_search(query, points, 0.4, lengths=lengths), ops.radius_search(query[2:], cloud, 0.4)
+            assert torch.equal(got.row_splits[10:], want.row_splits)
+            assert torch.equal(got.index, want.index)
+
+
+@pytest.mark.slow
+def test_features_beyond_32_bits(backend):
+    features = torch.empty(2, 2**20 + 8, 1024, dtype=torch.uint8)  # the second half begins beyond 2**30, its last row beyond 2**31
+    features[1, -3:] = torch.arange(3, dtype=torch.uint8)[:, None]
+    last = features.shape[1] - 1
+    index = torch.tensor([[-1, -1], [last, last - 2]])
+    assert torch.equal(ops.group(features, index)[..., 0], torch.tensor([[0, 0], [2, 0]], dtype=torch.uint8))
+    rows = torch.cat([torch.full((3, 2), -1), torch.tensor([[2 * last + 1, last]])])
+    assert torch.equal(ops.group(features.view(-1, 1024), rows)[3, 0, -4:], torch.full((4,), 2, dtype=torch.uint8))
