@@ -6,6 +6,10 @@ namespace geossl {
 namespace {
 
 constexpr int64_t kBytesPerThread = int64_t{1} << 20;
+#ifndef AR
+#define AR 32
+#endif
+constexpr int64_t kAheadRows = AR;  // the same for features: the hardware looks ahead within a page only
 constexpr int64_t kAhead = 24;  // rows between asking for an accumulator and using it
 
 struct Rows {
@@ -29,6 +33,8 @@ GEOSSL_INLINE void add_range(const T* GEOSSL_RESTRICT x, const Rows& r, int64_t 
     if (static_cast<uint64_t>(v) >= static_cast<uint64_t>(r.voxels)) continue;
     const T* from = x + i * r.channels + c0;
     T* to = out + v * r.channels + c0;
+    const char* coming = reinterpret_cast<const char*>(from + kAheadRows * r.channels);
+    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(coming + byte);
     for (int64_t c = 0; c < width; ++c) to[c] += from[c];
   }
 }

@@ -84,18 +84,35 @@ struct KeyJob {
   int order;
 };
 
-// The cell of up to kChunk coordinates relative to the lowest one; points outside the bounds are cleared from `kept`.
-template <class T>
-GEOSSL_INLINE void cells_loop(const T* GEOSSL_RESTRICT p, int64_t n, int axis, const KeyJob& job, double* GEOSSL_RESTRICT cell,
+// The cell of up to kChunk coordinates relative to the lowest one; points outside the bounds are cleared from `kept`. A product with the
+// rounded 1 / size is faster than a division and off by less than 2^-51 of itself: its cell is the same unless it is that close to a whole
+// number, then the answer is true and the chunk is to be divided. With kDivide, divides and answers false.
+template <bool kDivide, class T>
+GEOSSL_INLINE bool cells_loop(const T* GEOSSL_RESTRICT p, int64_t n, int axis, const KeyJob& job, double* GEOSSL_RESTRICT cell,
                               int64_t* GEOSSL_RESTRICT kept) {
   const double low = job.bounds[axis], high = job.bounds[3 + axis], origin = job.grid->origin[axis], size = job.grid->size[axis];
-  const double lowest = static_cast<double>(job.frame->low[axis]);
+  const double lowest = static_cast<double>(job.frame->low[axis]), inverse = 1 / size;
+  int64_t worst = 0;  // largest distance of a product to the middle between whole numbers, as bits
   for (int64_t i = 0; i < n; ++i) {
     const double v = static_cast<double>(p[i]);
     const bool in = (v >= low) & (v <= high);
     kept[i] &= in ? -1 : 0;
-    cell[i] = __builtin_floor(((in ? v : low) - origin) / size) - lowest;
+    const double from = (in ? v : low) - origin;
+    const double at = kDivide ? from / size : from * inverse, below = __builtin_floor(at);
+    if constexpr (!kDivide) {
+      const int64_t distance = to_bits(__builtin_fabs(at - below - 0.5));
+      worst = distance > worst ? distance : worst;
+    }
+    cell[i] = below - lowest;
   }
+  const double largest = std::max(__builtin_fabs(low - origin), __builtin_fabs(high - origin)) * inverse;
+  return !kDivide && !(from_bits<double>(worst) < 0.5 - (largest * 0x1p-50 + 0x1p-50));
+}
+
+template <class T>
+GEOSSL_INLINE void axis_cells(const T* p, int64_t n, int axis, const KeyJob& job, double* cell, int64_t* kept) {
+  const double size = job.grid->size[axis];  // far from where 1 / size loses bits
+  if (size < 0x1p-300 || size > 0x1p300 || cells_loop<false>(p, n, axis, job, cell, kept)) cells_loop<true>(p, n, axis, job, cell, kept);
 }
 
 template <class T, class Key>
@@ -105,7 +122,7 @@ GEOSSL_INLINE void keys_loop(const T* rows, int64_t n, const KeyJob& job, Key* G
   alignas(64) int64_t kept[kChunk];
   for (int64_t i = 0; i < n; ++i) kept[i] = -1;
   for (int64_t i = 0; i < n; ++i) part[0][i] = rows[3 * i], part[1][i] = rows[3 * i + 1], part[2][i] = rows[3 * i + 2];
-  for (int axis = 0; axis < 3; ++axis) cells_loop(part[axis], n, axis, job, cell[axis], kept);
+  for (int axis = 0; axis < 3; ++axis) axis_cells(part[axis], n, axis, job, cell[axis], kept);
   const VoxelFrame& f = *job.frame;
   if (job.order == kLexicographic) {
     const Key base = static_cast<Key>(f.base), none = static_cast<Key>(job.none), sx = static_cast<Key>(f.stride_x), sy = static_cast<Key>(f.stride_y);
@@ -168,6 +185,8 @@ struct Job {
       for (int64_t row = begin; row < end; row += kChunk) {
         const int64_t n = std::min(kChunk, end - row);
         chunk_keys(points + 3 * row, n, job, keys);
+        if (row + 2 * kChunk <= end)  // while f works, the next points come
+          for (int64_t i = 3 * kChunk; i < 6 * kChunk; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(points + 3 * row + i, 0, 2);
         f(row, keys, n);
       }
       std::fill(keys, keys + kChunk, static_cast<Key>(total));
@@ -183,27 +202,31 @@ struct Outputs {
 
 // By a table ------------------------------------------------------------------------------------------------------------------------------------
 
-// Scratch: keys of all rows; then for every piece an entry per key and one for dropped rows.
+// Scratch: keys of all rows; keys of all voxels; then for every piece an entry per key and one for dropped rows.
 template <class T, class Index>
 struct ByTable {
   struct Entry {
-    Index count, number;  // points of the piece, later where its next one goes; 1 + the voxel's number, 0 for none (in the first piece)
+    Index count, number;  // points of the piece, later where its next one goes; 1 + the voxel's number
   };
   const Job<T>& job;
-  int32_t* keys;
+  int32_t *keys, *occupied;
   Entry* table;
 
-  static int64_t bytes(const Job<T>& job) {
-    return (job.rows * 4 + 63) / 64 * 64 + job.pieces * (job.total + 1) * static_cast<int64_t>(sizeof(Entry));
+  static int64_t list_bytes(int64_t entries) { return (entries * 4 + 63) / 64 * 64; }
+  static int64_t lists_bytes(const Job<T>& job) { return list_bytes(job.rows) + list_bytes(std::min(job.rows, job.total) + 1); }
+  static int64_t bytes(const Job<T>& job) { return lists_bytes(job) + job.pieces * (job.total + 1) * static_cast<int64_t>(sizeof(Entry)); }
+
+  ByTable(const Job<T>& j, void* scratch) : job(j) {
+    auto* memory = static_cast<char*>(scratch);
+    keys = reinterpret_cast<int32_t*>(memory), occupied = reinterpret_cast<int32_t*>(memory + list_bytes(j.rows));
+    table = reinterpret_cast<Entry*>(memory + lists_bytes(j));
   }
-  ByTable(const Job<T>& j, void* scratch)
-      : job(j), keys(static_cast<int32_t*>(scratch)), table(reinterpret_cast<Entry*>(static_cast<char*>(scratch) + (j.rows * 4 + 63) / 64 * 64)) {}
 
   Entry* of_piece(int piece) const { return table + piece * (job.total + 1); }
 
   Index count_of(int64_t key) const {
-    Index count = 0;
-    for (int p = 0; p < job.pieces; ++p) count += of_piece(p)[key].count;
+    Index count = table[key].count;
+    for (int p = 1; p < job.pieces; ++p) count += of_piece(p)[key].count;
     return count;
   }
 
@@ -216,34 +239,42 @@ struct ByTable {
         for (int64_t i = 0; i < n; ++i) ++entries[chunk[i]].count;
       });
     });
-    Index number = 0;
-    *kept = 0;
-    if (job.first)
-      for (int64_t row = 0; row < job.rows; ++row)
-        if (keys[row] != job.total && !table[keys[row]].number) table[keys[row]].number = ++number;
-    for (int64_t key = 0; key < job.total; ++key)
-      if (const Index n = count_of(key)) {
-        if (!job.first) table[key].number = ++number;
-        *kept += std::min<int64_t>(n, job.cap);
+    int64_t number = 0, sum = 0;
+    if (job.first) {
+      for (int64_t row = 0; row < job.rows; ++row) {
+        Entry& entry = table[keys[row]];
+        if (keys[row] == job.total || entry.number) continue;
+        entry.number = 1;
+        occupied[number++] = keys[row];
+        sum += std::min<int64_t>(count_of(keys[row]), job.cap);
       }
-    *voxels = number;
+    } else {
+      for (int64_t key = 0; key < job.total; ++key) {  // no branch: whether a cell is occupied cannot be guessed
+        const Index n = count_of(key);
+        occupied[number] = static_cast<int32_t>(key);
+        number += n > 0;
+        sum += std::min<int64_t>(n, job.cap);
+      }
+    }
+    *voxels = number, *kept = sum;
   }
 
   void fill(int64_t voxels, const Outputs& out) const {
-    for (int64_t key = 0; key < job.total; ++key)
-      if (table[key].number) out.counts[table[key].number - 1] = std::min<int64_t>(count_of(key), job.cap);
-    out.row_splits[0] = 0;
-    for (int64_t v = 0; v < voxels; ++v) out.row_splits[v + 1] = out.row_splits[v] + out.counts[v];
-    for (int64_t key = 0; key < job.total; ++key) {
-      if (!table[key].number) continue;
-      auto at = static_cast<Index>(out.row_splits[table[key].number - 1]);
+    int64_t start = 0;
+    for (int64_t v = 0; v < voxels; ++v) {
+      const int64_t key = occupied[v];
+      auto at = static_cast<Index>(start);
       for (int p = 0; p < job.pieces; ++p) {
         Entry& entry = of_piece(p)[key];
         const Index n = entry.count;
-        entry = {at, table[key].number};
+        entry = {at, static_cast<Index>(v + 1)};
         at += n;
       }
+      out.row_splits[v] = start;
+      out.counts[v] = std::min<int64_t>(at - start, job.cap);
+      start += out.counts[v];
     }
+    out.row_splits[voxels] = start;
     for (int p = 0; p < job.pieces; ++p) of_piece(p)[job.total].number = 0;
     for_pieces(job.pieces, [&](int piece) {
       Entry* entries = of_piece(piece);
