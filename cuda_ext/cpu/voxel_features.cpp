@@ -6,10 +6,7 @@ namespace geossl {
 namespace {
 
 constexpr int64_t kBytesPerThread = int64_t{1} << 20;
-#ifndef AR
-#define AR 32
-#endif
-constexpr int64_t kAheadRows = AR;  // the same for features: the hardware looks ahead within a page only
+constexpr int64_t kAheadBytes = 6144;  // the same for features: the hardware does not look ahead beyond a page
 constexpr int64_t kAhead = 24;  // rows between asking for an accumulator and using it
 
 struct Rows {
@@ -21,6 +18,7 @@ struct Rows {
 template <int kFixed, class T>
 GEOSSL_INLINE void add_range(const T* GEOSSL_RESTRICT x, const Rows& r, int64_t c0, int64_t c1, T* GEOSSL_RESTRICT out) {
   const int64_t width = kFixed ? kFixed : c1 - c0;
+  const int64_t bytes = r.channels * static_cast<int64_t>(sizeof(T)), ahead = (1 + kAheadBytes / std::max<int64_t>(bytes, 1)) * bytes;
   for (int64_t i = 0; i < r.rows; ++i) {
     if (i + kAhead < r.rows) {
       const auto next = static_cast<uint64_t>(r.inverse[i + kAhead]);
@@ -33,7 +31,7 @@ GEOSSL_INLINE void add_range(const T* GEOSSL_RESTRICT x, const Rows& r, int64_t 
     if (static_cast<uint64_t>(v) >= static_cast<uint64_t>(r.voxels)) continue;
     const T* from = x + i * r.channels + c0;
     T* to = out + v * r.channels + c0;
-    const char* coming = reinterpret_cast<const char*>(from + kAheadRows * r.channels);
+    const char* coming = reinterpret_cast<const char*>(from) + ahead;
     for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(coming + byte);
     for (int64_t c = 0; c < width; ++c) to[c] += from[c];
   }

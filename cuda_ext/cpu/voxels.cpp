@@ -186,7 +186,8 @@ struct Job {
         const int64_t n = std::min(kChunk, end - row);
         chunk_keys(points + 3 * row, n, job, keys);
         if (row + 2 * kChunk <= end)  // while f works, the next points come
-          for (int64_t i = 3 * kChunk; i < 6 * kChunk; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(points + 3 * row + i, 0, 2);
+          for (int64_t i = 3 * kChunk; i < 6 * kChunk; i += 64 / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(points + 3 * row + i, 0, 2);
         f(row, keys, n);
       }
       std::fill(keys, keys + kChunk, static_cast<Key>(total));

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) bounds_kernel(Points<T> poi
 }
 
 template <class T, class Word>
-__global__ void __launch_bounds__(kThreads, kBlocks) keys_kernel(Points<T> points, VoxelGrid grid, const double* bounds, const VoxelFrame* frames, int order,
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    keys_kernel(Points<T> points, VoxelGrid grid, const double* bounds, const VoxelFrame* frames, int order,
                                                         int64_t total, int64_t count, Word* keys, Word* rows) {
   for (int64_t row = thread_number(); row < count; row += thread_count()) {
     const int64_t b = points.clouds.cloud_of(row);
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) heads_kernel(const Word* ke
 
 // Where the points of each voxel begin and end among the sorted rows, and its first point. numbers: heads up to and with each row.
 template <class Word>
-__global__ void __launch_bounds__(kThreads, kBlocks) starts_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    starts_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
                                                           int64_t* starts, int64_t* firsts) {
   for (int64_t i = thread_number(); i < count; i += thread_count()) {
     const bool kept = static_cast<int64_t>(keys[i]) != total;
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) starts_kernel(const Word* k
 }
 
 template <class Word>
-__global__ void __launch_bounds__(kThreads, kBlocks) fill_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    fill_kernel(const Word* keys, const Word* rows, int64_t count, int64_t total, const int64_t* numbers,
                                                         const int64_t* starts, const int64_t* rank, const int64_t* row_splits, int64_t* inverse,
                                                         int64_t* perm) {
   for (int64_t i = thread_number(); i < count; i += thread_count()) {
@@ -112,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) fill_kernel(const Word* key
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) coords_kernel(Points<T> points, VoxelGrid grid, const int64_t* perm, const int64_t* row_splits,
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    coords_kernel(Points<T> points, VoxelGrid grid, const int64_t* perm, const int64_t* row_splits,
                                                           int64_t voxels, int32_t* coords) {
   for (int64_t v = thread_number(); v < voxels; v += thread_count()) {
     const int64_t row = perm[row_splits[v]];
@@ -155,7 +159,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) extrema_kernel(const T* fea
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) table_kernel(const int32_t* coords, int64_t voxels, unsigned long long* table, int64_t slots) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    table_kernel(const int32_t* coords, int64_t voxels, unsigned long long* table, int64_t slots) {
   for (int64_t v = thread_number(); v < voxels; v += thread_count()) {
     uint64_t at = hash_cell(coords + 4 * v);
     while (atomicCAS(table + (at & static_cast<uint64_t>(slots - 1)), ~0ull, static_cast<unsigned long long>(v)) != ~0ull) ++at;

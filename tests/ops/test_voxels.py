@@ -93,7 +93,7 @@ def test_backends_and_forms_agree(inputs, on_backend, kind, dtype, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("voxel_size", [0.3, 0.01, 1e-6], ids=["table", "packed_sort", "wide_sort"])
-@pytest.mark.parametrize("max_points", [None, 3])
+@pytest.mark.parametrize("max_points", [None, 3], ids=["all", "capped"])
 def test_threads_and_schedules_do_not_matter(inputs, on_backend, order, voxel_size, max_points):
     """200,000 rows are cut into three pieces; every way to number voxels gives what the others give."""
     points = torch.cat([inputs.make_cloud("uniform", 99_999), inputs.make_cloud("duplicates", 100_000), inputs.make_cloud("invalid", 1)])
@@ -154,6 +154,24 @@ def test_cells_floor_and_ranges_are_half_open(backend):
     exact = torch.tensor([[[0.3, 0.6, 0.7]]], dtype=torch.float64)
     want = [math.floor(value / 0.1) for value in (0.3, 0.6, 0.7)]
     assert ops.voxelize(exact, 0.1).coords[0, 1:].tolist() == want
+
+
+NARROW, WIDE = torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(NARROW, 0.1), (NARROW, 0.02), (WIDE, 0.1), (WIDE, 0.02), (WIDE, 1 / 3), (WIDE, 2.0**-400), (WIDE, 2.0**400)]
+)
+def test_cells_next_to_whole_numbers(backend, dtype, size):
+    """Kernels may divide by other means than a division, but not be off by one where a quotient is all but whole."""
+    edge = (torch.arange(-300, 301, dtype=torch.float64) * size).to(dtype)
+    infinite = torch.full_like(edge, torch.inf)
+    beside = torch.cat([edge, torch.nextafter(edge, infinite), torch.nextafter(edge, -infinite), edge + edge[-1] / 1000])
+    zero = torch.zeros_like(beside)
+    for points in (torch.stack([beside, zero, zero], 1), torch.stack([zero, zero, beside], 1)):
+        found = ops.voxelize(points[None], size)
+        assert len(found.perm) == len(points)
+        check_invariants(points, found)
 
 
 def test_orders(backend):
