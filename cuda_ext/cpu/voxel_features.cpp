@@ -56,6 +56,10 @@ GEOSSL_INLINE void add_voxels_loop(const T* x, const Rows& r, int64_t v0, int64_
   for (int64_t v = v0; v < v1; ++v)
     for (int64_t k = r.row_splits[v]; k < r.row_splits[v + 1]; ++k) {
       if (static_cast<uint64_t>(r.perm[k]) >= static_cast<uint64_t>(r.rows)) continue;
+      if (k + kAhead < r.row_splits[v1]) {
+        const char* coming = reinterpret_cast<const char*>(x + r.perm[k + kAhead] * r.channels);
+        for (int64_t byte = 0; byte < r.channels * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(coming + byte);
+      }
       const T* GEOSSL_RESTRICT from = x + r.perm[k] * r.channels;
       T* GEOSSL_RESTRICT to = out + v * r.channels;
       for (int64_t c = 0; c < r.channels; ++c) to[c] += from[c];
@@ -105,13 +109,9 @@ void sum(int threads, const T* x, const Rows& r, bool mean, T* out) {
   const int64_t per_thread = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(bytes, 1));
   const int64_t wanted = std::clamp<int64_t>(std::min<int64_t>(threads, r.rows / per_thread), 1, 64);
   parallel_for(threads, r.voxels, per_thread, [&](int64_t v0, int64_t v1) { std::fill(out + v0 * r.channels, out + v1 * r.channels, T(0)); });
-  if (wanted == 1 || bytes / wanted >= 64) {  // whole cache lines for every thread
-    const int64_t line = 64 / static_cast<int64_t>(sizeof(T)), lines = (r.channels + line - 1) / line;
-    parallel_for(static_cast<int>(wanted), wanted, 1, [&](int64_t t0, int64_t t1) {
-      for (int64_t t = t0; t < t1; ++t)
-        add_rows(x, r, std::min(r.channels, t * lines / wanted * line), std::min(r.channels, (t + 1) * lines / wanted * line), out);
-    });
-  } else {
+  if (wanted == 1) {
+    add_rows(x, r, 0, r.channels, out);
+  } else {  // not by channels: neighbouring cache lines come together, so that every thread would read all features
     parallel_for(threads, r.voxels, std::max<int64_t>(1, r.voxels / wanted), [&](int64_t v0, int64_t v1) { add_voxels(x, r, v0, v1, out); });
   }
   if (!mean) return;

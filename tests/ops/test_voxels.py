@@ -241,7 +241,7 @@ def test_reduce_agrees(inputs, on_backend, reduce, channels):
 
 @pytest.mark.parametrize("channels", [5, 32])
 def test_reduce_threads_are_bit_equal(inputs, channels):
-    """Large enough for two threads: 5 channels are shared out by voxels, 32 by channels."""
+    """Large enough for two threads: voxels are shared out."""
     points, features = torch.rand(1, 120_000, 3), torch.randn(1, 120_000, channels)
     results = []
     for threads in (1, 2):
