@@ -138,7 +138,7 @@ def _radius_case(queries: int, n: int, kind: str) -> Case:
     points = clouds(kind, 1, n)[0]
     query = points[:queries].contiguous()
     radius = OFF_GRID * float(ops.knn(query[None], points[None], min(32, n)).distance[..., -1].median().sqrt())
-    call = functools.partial(ops.radius_search, query, points, radius)
+    call = functools.partial(ops.radius_search, query[None], points[None], radius)
     pairs = len(call().index)
     return Case(
         inputs=f"{queries:,} balls of radius {radius:.3g} in {n:,} points, {pairs:,} pairs",
