@@ -58,6 +58,7 @@ void find(int64_t count, const char* what) {
   for (size_t i = 1; i < keys.size(); ++i) std::swap(keys[i], keys[static_cast<size_t>(uniform() * static_cast<double>(i + 1))]);
   check(0 == geossl_sort_keys_cpu(2, keys.data(), count, 40, sorted.data(), order.data()), what);
   for (size_t i = 0; i < keys.size(); ++i) check(sorted[i] == keys[static_cast<size_t>(order[i])] && (i == 0 || sorted[i - 1] < sorted[i]), what);
+  if (count > 1000) return;  // under ThreadSanitizer the threads of a GPU take minutes; this size is for the sort's own
   const int64_t shifts[] = {-6, -1, 0, 3, 300};
   for (const int64_t* rows : {static_cast<const int64_t*>(nullptr), static_cast<const int64_t*>(order.data())}) {
     std::vector<int64_t> out[2];
@@ -77,7 +78,7 @@ void run() {
     reduce<double>(70, channels, 9, "segments, double");
   }
   reduce<float>(0, 3, 4, "segments without rows");
-  reduce<float>(9000, 40, 7, "segments, two threads");
+  reduce<float>(2000, 40, 7, "segments, two threads");
   find(300, "keys");
   find(60000, "keys, two threads");
 }
