@@ -57,7 +57,7 @@ GEOSSL_SIMD void nearest_tile(const float* qx, const float* qy, const float* qz,
   if (l1) nearest_loop<float, true>(qx, qy, qz, p, n, distance, index);
   else nearest_loop<float, false>(qx, qy, qz, p, n, distance, index);
 }
-GEOSSL_SIMD void nearest_tile(const double* qx, const double* qy, const double* qz, const Soa<double>& p, int64_t n, bool l1,
+void nearest_tile(const double* qx, const double* qy, const double* qz, const Soa<double>& p, int64_t n, bool l1,
                               double* distance, int64_t* index) {
   if (l1) nearest_loop<double, true>(qx, qy, qz, p, n, distance, index);
   else nearest_loop<double, false>(qx, qy, qz, p, n, distance, index);
@@ -97,7 +97,7 @@ GEOSSL_SIMD void nearest_channels(const float* q, const float* points, int64_t n
   if (l1) nearest_channels_loop<float, true>(q, points, n, channels, distance, index);
   else nearest_channels_loop<float, false>(q, points, n, channels, distance, index);
 }
-GEOSSL_SIMD void nearest_channels(const double* q, const double* points, int64_t n, int64_t channels, bool l1, double* distance,
+void nearest_channels(const double* q, const double* points, int64_t n, int64_t channels, bool l1, double* distance,
                                   int64_t* index) {
   if (l1) nearest_channels_loop<double, true>(q, points, n, channels, distance, index);
   else nearest_channels_loop<double, false>(q, points, n, channels, distance, index);

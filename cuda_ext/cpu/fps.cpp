@@ -60,7 +60,7 @@ GEOSSL_INLINE int64_t sample_all_steps(const Soa<T>& p, Bits<T>* nearest, int64_
 GEOSSL_SIMD int64_t sample_steps(const Soa<float>& p, int32_t* nearest, int64_t n, float px, float py, float pz, int64_t k, int32_t* picks) {
   return sample_all_steps(p, nearest, n, px, py, pz, k, picks);
 }
-GEOSSL_SIMD int64_t sample_steps(const Soa<double>& p, int64_t* nearest, int64_t n, double px, double py, double pz, int64_t k, int32_t* picks) {
+int64_t sample_steps(const Soa<double>& p, int64_t* nearest, int64_t n, double px, double py, double pz, int64_t k, int32_t* picks) {
   return sample_all_steps(p, nearest, n, px, py, pz, k, picks);
 }
 
@@ -147,7 +147,7 @@ GEOSSL_INLINE int64_t sample_bucket_steps(const Buckets<T>& b, T px, T py, T pz,
 GEOSSL_SIMD int64_t sample_buckets(const Buckets<float>& b, float px, float py, float pz, int64_t k, int32_t* picks) {
   return sample_bucket_steps(b, px, py, pz, k, picks);
 }
-GEOSSL_SIMD int64_t sample_buckets(const Buckets<double>& b, double px, double py, double pz, int64_t k, int32_t* picks) {
+int64_t sample_buckets(const Buckets<double>& b, double px, double py, double pz, int64_t k, int32_t* picks) {
   return sample_bucket_steps(b, px, py, pz, k, picks);
 }
 

@@ -25,7 +25,7 @@ GEOSSL_SIMD void weighted_sum(const float* features, int64_t channels, int64_t n
                               float* out) {
   sum_loop(features, channels, n, index, weight, k, out);
 }
-GEOSSL_SIMD void weighted_sum(const double* features, int64_t channels, int64_t n, const int64_t* index, const double* weight, int64_t k,
+void weighted_sum(const double* features, int64_t channels, int64_t n, const int64_t* index, const double* weight, int64_t k,
                               double* out) {
   sum_loop(features, channels, n, index, weight, k, out);
 }
@@ -44,7 +44,7 @@ GEOSSL_INLINE T dot_loop(const T* a, const T* b, int64_t channels) {
   return sum[0];
 }
 GEOSSL_SIMD float dot(const float* a, const float* b, int64_t channels) { return dot_loop(a, b, channels); }
-GEOSSL_SIMD double dot(const double* a, const double* b, int64_t channels) { return dot_loop(a, b, channels); }
+double dot(const double* a, const double* b, int64_t channels) { return dot_loop(a, b, channels); }
 
 // out[row] += weight * grad[query], entry by entry, for a range of channels of one cloud.
 template <class T>
@@ -59,7 +59,7 @@ GEOSSL_SIMD void scatter(const float* grad, int64_t channels, const int64_t* ind
                          int64_t c0, int64_t c1, float* out) {
   scatter_loop(grad, channels, index, weight, queries, k, n, c0, c1, out);
 }
-GEOSSL_SIMD void scatter(const double* grad, int64_t channels, const int64_t* index, const double* weight, int64_t queries, int64_t k,
+void scatter(const double* grad, int64_t channels, const int64_t* index, const double* weight, int64_t queries, int64_t k,
                          int64_t n, int64_t c0, int64_t c1, double* out) {
   scatter_loop(grad, channels, index, weight, queries, k, n, c0, c1, out);
 }

@@ -60,7 +60,7 @@ GEOSSL_SIMD void all_distances(const Soa<float>& p, int64_t n, int64_t groups, f
                                int32_t* minima) {
   distances_loop(p, n, groups, qx, qy, qz, limit, distance, minima);
 }
-GEOSSL_SIMD void all_distances(const Soa<double>& p, int64_t n, int64_t groups, double qx, double qy, double qz, double limit,
+void all_distances(const Soa<double>& p, int64_t n, int64_t groups, double qx, double qy, double qz, double limit,
                                int64_t* distance, int64_t* minima) {
   distances_loop(p, n, groups, qx, qy, qz, limit, distance, minima);
 }
@@ -93,7 +93,7 @@ GEOSSL_INLINE B bound_loop(const B* values, int64_t n, int64_t k, B largest_fini
 GEOSSL_SIMD int32_t upper_bound_of_kth(const int32_t* values, int64_t n, int64_t k) {
   return bound_loop(values, n, k, to_bits(std::numeric_limits<float>::max()));
 }
-GEOSSL_SIMD int64_t upper_bound_of_kth(const int64_t* values, int64_t n, int64_t k) {
+int64_t upper_bound_of_kth(const int64_t* values, int64_t n, int64_t k) {
   return bound_loop(values, n, k, to_bits(std::numeric_limits<double>::max()));
 }
 
@@ -102,7 +102,7 @@ GEOSSL_SIMD int64_t count_finite(const int32_t* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) total += values[i] < 0x7f800000;
   return total;
 }
-GEOSSL_SIMD int64_t count_finite(const int64_t* values, int64_t n) {
+int64_t count_finite(const int64_t* values, int64_t n) {
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += values[i] < 0x7ff0000000000000;
   return total;

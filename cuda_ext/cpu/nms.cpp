@@ -50,10 +50,10 @@ GEOSSL_INLINE int64_t count_loop(const Soa<C>& p, int64_t begin, int64_t end, in
 GEOSSL_SIMD int64_t count_inside(const Soa<float>& p, int64_t begin, int64_t end, int64_t i, float limit) {
   return count_loop(p, begin, end, i, limit);
 }
-GEOSSL_SIMD int64_t count_inside(const Soa<double>& p, int64_t begin, int64_t end, int64_t i, double limit) {
+int64_t count_inside(const Soa<double>& p, int64_t begin, int64_t end, int64_t i, double limit) {
   return count_loop(p, begin, end, i, limit);
 }
-GEOSSL_SIMD int64_t count_inside(const Soa<int64_t>& p, int64_t begin, int64_t end, int64_t i, int64_t limit) {
+int64_t count_inside(const Soa<int64_t>& p, int64_t begin, int64_t end, int64_t i, int64_t limit) {
   return count_loop(p, begin, end, i, limit);
 }
 

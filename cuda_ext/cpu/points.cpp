@@ -11,6 +11,6 @@ GEOSSL_INLINE void split_loop(const T* GEOSSL_RESTRICT rows, int64_t n, T* GEOSS
 }  // namespace
 
 GEOSSL_SIMD void split_axes(const float* rows, int64_t n, const Soa<float>& to) { split_loop(rows, n, to.x, to.y, to.z); }
-GEOSSL_SIMD void split_axes(const double* rows, int64_t n, const Soa<double>& to) { split_loop(rows, n, to.x, to.y, to.z); }
+void split_axes(const double* rows, int64_t n, const Soa<double>& to) { split_loop(rows, n, to.x, to.y, to.z); }
 
 }  // namespace geossl

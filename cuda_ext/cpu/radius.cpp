@@ -28,12 +28,12 @@ struct Search {
 // All points -------------------------------------------------------------------------------------------------------------------------
 
 GEOSSL_SIMD int64_t count_inside(const Soa<float>& p, int64_t n, const float* q, float limit) { return count_within(p, n, q, limit); }
-GEOSSL_SIMD int64_t count_inside(const Soa<double>& p, int64_t n, const double* q, double limit) { return count_within(p, n, q, limit); }
+int64_t count_inside(const Soa<double>& p, int64_t n, const double* q, double limit) { return count_within(p, n, q, limit); }
 
 GEOSSL_SIMD void distances_inside(const Soa<float>& p, int64_t n, const float* q, float limit, int32_t* distance) {
   distances_within(p, n, q, limit, distance);
 }
-GEOSSL_SIMD void distances_inside(const Soa<double>& p, int64_t n, const double* q, double limit, int64_t* distance) {
+void distances_inside(const Soa<double>& p, int64_t n, const double* q, double limit, int64_t* distance) {
   distances_within(p, n, q, limit, distance);
 }
 

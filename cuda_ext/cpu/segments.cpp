@@ -10,9 +10,15 @@ namespace geossl {
 namespace {
 
 constexpr int64_t kBytesPerThread = int64_t{1} << 20;  // of rows that a thread is worth starting for
-constexpr int64_t kAhead = 12;                         // rows whose accumulators are fetched in advance
+constexpr int kChunk = 2048;                           // rows that are looked through before those of the range are visited
+constexpr int64_t kAhead = 16;                         // rows between asking for an accumulator and using it
+constexpr int64_t kBytesAhead = 6144;                  // the same for rows: the hardware does not look ahead beyond a page
 
-// Segment s has the rows splits[s] .. splits[s + 1] or, without splits, row e belongs to segment index[e] (negative: none).
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 256); byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte);
+}
+
+// Row e belongs to segment index[e] (negative: to none) or, without index, segment s has the rows splits[s] .. splits[s + 1].
 template <class T>
 struct Rows {
   const T* x;
@@ -20,36 +26,47 @@ struct Rows {
   const int64_t *index, *splits;
   int64_t size;
 
-  // Calls body(row, segment) for the rows of segments s0 .. s1, in order.
+  // Calls body(row, segment) for the rows of segments s0 .. s1, in order. By index, a chunk's rows are first listed without a branch: which
+  // of them are of the range cannot be guessed.
   template <class F>
   GEOSSL_INLINE void each(int64_t s0, int64_t s1, const T* accumulators, F body) const {
-    if (splits) {
+    if (rows == 0) return;  // then torch's pointers may be null
+    if (!index) {
       for (int64_t s = s0; s < s1; ++s)
         for (int64_t e = splits[s]; e < splits[s + 1]; ++e) body(e, s);
       return;
     }
-    for (int64_t e = 0; e < rows; ++e) {
-      const int64_t s = index[e];
-      const int64_t next = index[e + kAhead < rows ? e + kAhead : e];
-      if (next >= s0 && next < s1) {
-        const char* line = reinterpret_cast<const char*>(accumulators + next * channels);
-        for (int64_t byte = 0; byte < std::min<int64_t>(channels * sizeof(T), 256); byte += 64) __builtin_prefetch(line + byte, 1);
+    const int64_t bytes = channels * static_cast<int64_t>(sizeof(T)), rows_ahead = 1 + kBytesAhead / std::max<int64_t>(bytes, 1);
+    int32_t listed[kChunk];
+    for (int64_t first = 0; first < rows; first += kChunk) {
+      const auto count = static_cast<int32_t>(std::min<int64_t>(kChunk, rows - first));
+      int64_t found = 0;
+      for (int32_t i = 0; i < count; ++i) {
+        listed[found] = i;
+        found += static_cast<uint64_t>(index[first + i] - s0) < static_cast<uint64_t>(s1 - s0);
       }
-      if (s >= s0 && s < s1) body(e, s);
+      for (int64_t k = 0; k < found; ++k) {
+        const int64_t e = first + listed[k];
+        prefetch_row(accumulators + index[first + listed[std::min(k + kAhead, found - 1)]] * channels, bytes);
+        prefetch_row(x + std::min(e + rows_ahead, rows - 1) * channels, bytes);
+        body(e, index[e]);
+      }
     }
   }
 };
 
-template <class T>
+// kFixed: the number of channels where it is known, so that a row is a few vector instructions; else 0.
+template <int kFixed, class T>
 struct AddRow {
   const T* x;
   T* out;
   int64_t* count;
   int64_t channels;
   GEOSSL_INLINE void operator()(int64_t e, int64_t s) const {
-    const T* GEOSSL_RESTRICT from = x + e * channels;
-    T* GEOSSL_RESTRICT to = out + s * channels;
-    for (int64_t c = 0; c < channels; ++c) to[c] += from[c];
+    const int64_t width = kFixed ? kFixed : channels;
+    const T* GEOSSL_RESTRICT from = x + e * width;
+    T* GEOSSL_RESTRICT to = out + s * width;
+    for (int64_t c = 0; c < width; ++c) to[c] += from[c];
     if (count) ++count[s];
   }
 };
@@ -58,7 +75,9 @@ template <class T>
 GEOSSL_INLINE void sum(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) {
   std::fill(out + s0 * r.channels, out + s1 * r.channels, T(0));
   if (count) std::fill(count + s0, count + s1, 0);
-  r.each(s0, s1, out, AddRow<T>{r.x, out, count, r.channels});
+  if (r.channels == 32) r.each(s0, s1, out, AddRow<32, T>{r.x, out, count, r.channels});
+  else if (r.channels == 64) r.each(s0, s1, out, AddRow<64, T>{r.x, out, count, r.channels});
+  else r.each(s0, s1, out, AddRow<0, T>{r.x, out, count, r.channels});
   if (!count) return;
   for (int64_t s = s0; s < s1; ++s)
     for (int64_t c = 0; c < r.channels && count[s] > 1; ++c) out[s * r.channels + c] /= static_cast<T>(count[s]);
@@ -153,7 +172,7 @@ GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* lar
   r.each(s0, s1, total, AddExponential<T>{r.x, largest, total, out, r.channels});
   if (out) {
     r.each(s0, s1, total, DivideRow<T>{total, out, r.channels});
-    if (!r.splits && s0 == 0)
+    if (r.index && s0 == 0)
       for (int64_t e = 0; e < r.rows; ++e)
         if (r.index[e] < 0) std::fill(out + e * r.channels, out + (e + 1) * r.channels, T(0));
   } else {
@@ -162,19 +181,19 @@ GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* lar
 }
 
 // Clones for several instruction sets are made of functions, not of templates.
-#define CLONES(T, A)                                                                                                                     \
-  GEOSSL_SIMD void sum_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) { sum(r, s0, s1, out, count); }          \
-  GEOSSL_SIMD void max_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
+#define CLONES(SIMD, T, A)                                                                                                                   \
+  SIMD void sum_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) { sum(r, s0, s1, out, count); }          \
+  SIMD void max_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
     extreme<true>(r, s0, s1, out, arg, seen);                                                                                            \
   }                                                                                                                                      \
-  GEOSSL_SIMD void min_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
+  SIMD void min_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
     extreme<false>(r, s0, s1, out, arg, seen);                                                                                           \
   }                                                                                                                                      \
-  GEOSSL_SIMD void exponentials_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {           \
+  SIMD void exponentials_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {           \
     exponentials(r, s0, s1, largest, total, seen, out);                                                                                  \
   }
-CLONES(float, int32_t)
-CLONES(double, int64_t)
+CLONES(GEOSSL_SIMD, float, int32_t)
+CLONES(, double, int64_t)
 #undef CLONES
 
 GEOSSL_SIMD bool in_range(const int64_t* index, int64_t count, int64_t n) {
@@ -185,15 +204,20 @@ GEOSSL_SIMD bool in_range(const int64_t* index, int64_t count, int64_t n) {
 
 bool valid(int64_t rows, int64_t channels, const int64_t* index, const int64_t* splits, int64_t size) {
   if (rows < 0 || channels < 0 || size < 0) return false;
-  if (!splits) return in_range(index, rows, size);
+  if (index || !splits) return in_range(index, rows, size);
   return splits[0] == 0 && splits[size] == rows && std::is_sorted(splits, splits + size + 1);
 }
 
-// Calls f(s0, s1) on ranges of segments.
+// Calls f(s0, s1) on ranges of segments; of equally many rows, where splits tell how many there are.
 template <class T, class F>
 void split_segments(int threads, const Rows<T>& r, F&& f) {
-  const int64_t bytes = (r.rows * r.channels + 1) * static_cast<int64_t>(sizeof(T));
-  parallel_for(threads, r.size, std::max<int64_t>(1, r.size / std::max<int64_t>(1, bytes / kBytesPerThread)), f);
+  const int64_t bytes = r.rows * r.channels * static_cast<int64_t>(sizeof(T));
+  const int64_t pieces = std::clamp<int64_t>(std::min(bytes / kBytesPerThread, r.size), 1, std::max(threads, 1));
+  const auto begin = [&](int64_t piece) {
+    if (!r.splits || piece == 0 || piece == pieces) return piece * r.size / pieces;
+    return std::lower_bound(r.splits, r.splits + r.size, piece * r.splits[r.size] / pieces) - r.splits;
+  };
+  parallel_for(threads, pieces, 1, [&](int64_t p0, int64_t p1) { f(begin(p0), begin(p1)); });
 }
 
 template <class T>
@@ -204,7 +228,7 @@ std::unique_ptr<T[]> scratch(int64_t count) {
 }  // namespace
 }  // namespace geossl
 
-// See geossl/ops/segments.py for the arguments of all. The two unused pointers are the inverse map of the CUDA kernels.
+// See geossl/ops/segments.py for the arguments of all. The unnamed one is the order of rows that the CUDA kernels need.
 GEOSSL_API int geossl_segment_sum_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
                                       const int64_t* splits, const int64_t*, int64_t size, void* out, int64_t* count) {
   using namespace geossl;

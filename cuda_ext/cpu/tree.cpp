@@ -263,8 +263,10 @@ class Best {
 
 // Distances from a query to the nearest and to the farthest corner of 16 boxes. Rounding is monotonic, so the first is never more than the
 // distance to a point inside, computed the same way, and the second never less.
-template <class T, bool kManhattan>
-GEOSSL_INLINE void box_distances(const Boxes<T>& boxes, int64_t begin, const T* q, T* GEOSSL_RESTRICT nearest) {
+template <class T>
+GEOSSL_INLINE void box_distances(const Boxes<T>& boxes, int64_t begin, const TreeQuery<T>& query, T* GEOSSL_RESTRICT nearest) {
+  const T* q = query.at;
+  const bool manhattan = query.manhattan;
   for (int i = 0; i < kFanout; ++i) {
     T gap[3];
     for (int a = 0; a < 3; ++a) {
@@ -272,18 +274,18 @@ GEOSSL_INLINE void box_distances(const Boxes<T>& boxes, int64_t begin, const T* 
       const T outside = below > above ? below : above;
       gap[a] = outside > T(0) ? outside : T(0);
     }
-    nearest[i] = kManhattan ? (gap[0] + gap[1]) + gap[2] : squared(gap[0], gap[1], gap[2]);
+    nearest[i] = manhattan ? (gap[0] + gap[1]) + gap[2] : squared(gap[0], gap[1], gap[2]);
   }
 }
 
-template <class T, bool kManhattan>
-T farthest_corner(const Boxes<T>& boxes, int64_t box, const T* q) {
+template <class T>
+T farthest_corner(const Boxes<T>& boxes, int64_t box, const TreeQuery<T>& query) {
   T gap[3];
   for (int a = 0; a < 3; ++a) {
     const auto i = static_cast<size_t>(box);
-    gap[a] = std::max(std::fabs(boxes.low[a][i] - q[a]), std::fabs(q[a] - boxes.high[a][i]));
+    gap[a] = std::max(std::fabs(boxes.low[a][i] - query.at[a]), std::fabs(query.at[a] - boxes.high[a][i]));
   }
-  return kManhattan ? (gap[0] + gap[1]) + gap[2] : squared(gap[0], gap[1], gap[2]);
+  return query.manhattan ? (gap[0] + gap[1]) + gap[2] : squared(gap[0], gap[1], gap[2]);
 }
 
 // Sixteen boxes on the way down, and in which order to look into them: numbers that grow with the distance (or the row), all different
@@ -321,27 +323,28 @@ GEOSSL_INLINE int64_t order_of(double distance, int lane) { return (to_bits(dist
 GEOSSL_INLINE int32_t least_distance(int64_t order, float) { return static_cast<int32_t>(order >> 4); }
 GEOSSL_INLINE int64_t least_distance(int64_t order, double) { return order & ~int64_t{15}; }
 
-template <class T, bool kManhattan>
+template <class T>
 GEOSSL_INLINE void enter(Frame<T>& frame, const Boxes<T>& boxes, int64_t begin, const TreeQuery<T>& query) {
   frame.begin = begin, frame.last = -1, frame.boxes = &boxes;
-  box_distances<T, kManhattan>(boxes, begin, query.at, frame.nearest);
+  box_distances(boxes, begin, query, frame.nearest);
   for (int i = 0; i < kFanout; ++i) {
     const int64_t order = query.by_row ? int64_t{boxes.first_row[static_cast<size_t>(begin) + i]} << 4 | i : order_of(frame.nearest[i], i);
     frame.order[i] = frame.nearest[i] < query.limit ? order : kNever;
   }
 }
 
-template <class T, bool kManhattan>
+template <class T>
 GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query, int64_t k, Key<T>* keys) {
   const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
   const T *q = query.at, limit = query.limit;
+  const bool manhattan = query.manhattan;
   const bool valid = (q[0] - q[0]) + (q[1] - q[1]) + (q[2] - q[2]) == T(0);
   Best<Key<T>> best(keys, k);
   int64_t inside = 0;
   Frame<T> frames[kDeepest];
   int depth = 0;
   const int levels = valid ? static_cast<int>(tree.levels.size()) : 0;
-  if (levels > 0) enter<T, kManhattan>(frames[depth++], tree.levels[static_cast<size_t>(levels - 1)], 0, query);
+  if (levels > 0) enter(frames[depth++], tree.levels[static_cast<size_t>(levels - 1)], 0, query);
   while (depth > 0) {
     Frame<T>& frame = frames[depth - 1];
     const int64_t next = next_in_order(frame.order, frame.last);
@@ -360,14 +363,14 @@ GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query
         if (!query.by_row && bits_of_key(best.worst()) < least_distance(next, T(0))) --depth;
         continue;
       }
-      if (farthest_corner<T, kManhattan>(*frame.boxes, static_cast<int64_t>(box), q) < limit) {  // but all of them count
+      if (farthest_corner(*frame.boxes, static_cast<int64_t>(box), query) < limit) {  // but all of them count
         inside += frame.boxes->size[box];
         continue;
       }
     }
     const int level = levels - depth;
     if (level > 0) {
-      enter<T, kManhattan>(frames[depth], tree.levels[static_cast<size_t>(level - 1)], static_cast<int64_t>(box) * kFanout, query);
+      enter(frames[depth], tree.levels[static_cast<size_t>(level - 1)], static_cast<int64_t>(box) * kFanout, query);
       ++depth;
       continue;
     }
@@ -378,7 +381,7 @@ GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query
     int32_t hits = 0;
     for (int i = 0; i < kLeafSize; ++i) {
       const T dx = tree.points.x[begin + i] - q[0], dy = tree.points.y[begin + i] - q[1], dz = tree.points.z[begin + i] - q[2];
-      const T d = kManhattan ? (std::fabs(dx) + std::fabs(dy)) + std::fabs(dz) : squared(dx, dy, dz);
+      const T d = manhattan ? (std::fabs(dx) + std::fabs(dy)) + std::fabs(dz) : squared(dx, dy, dz);
       distance[i] = d < limit ? to_bits(d) : infinity;
       hits += d < limit;
     }
@@ -397,10 +400,10 @@ GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query
 }
 
 GEOSSL_SIMD int64_t search_tree(const Tree<float>& tree, const TreeQuery<float>& query, int64_t k, int64_t* best) {
-  return query.manhattan ? search_loop<float, true>(tree, query, k, best) : search_loop<float, false>(tree, query, k, best);
+  return search_loop(tree, query, k, best);
 }
-GEOSSL_SIMD int64_t search_tree(const Tree<double>& tree, const TreeQuery<double>& query, int64_t k, DoubleKey* best) {
-  return query.manhattan ? search_loop<double, true>(tree, query, k, best) : search_loop<double, false>(tree, query, k, best);
+int64_t search_tree(const Tree<double>& tree, const TreeQuery<double>& query, int64_t k, DoubleKey* best) {
+  return search_loop(tree, query, k, best);
 }
 
 // All points in a ball -------------------------------------------------------------------------------------------------------------
@@ -474,7 +477,7 @@ GEOSSL_INLINE int64_t ball_loop(const Tree<T>& tree, const T* q, T limit, int64_
 GEOSSL_SIMD int64_t search_ball(const Tree<float>& tree, const float* q, float limit, int64_t self, int64_t* keys) {
   return ball_loop(tree, q, limit, self, keys);
 }
-GEOSSL_SIMD int64_t search_ball(const Tree<double>& tree, const double* q, double limit, int64_t self, DoubleKey* keys) {
+int64_t search_ball(const Tree<double>& tree, const double* q, double limit, int64_t self, DoubleKey* keys) {
   return ball_loop(tree, q, limit, self, keys);
 }
 

@@ -72,7 +72,7 @@ GEOSSL_INLINE void bounds_loop(const T* GEOSSL_RESTRICT rows, int64_t n, const L
 }
 
 GEOSSL_SIMD void bounds_of(const float* rows, int64_t n, const Limits<float>& limits, float* bounds) { bounds_loop(rows, n, limits, bounds); }
-GEOSSL_SIMD void bounds_of(const double* rows, int64_t n, const Limits<double>& limits, double* bounds) { bounds_loop(rows, n, limits, bounds); }
+void bounds_of(const double* rows, int64_t n, const Limits<double>& limits, double* bounds) { bounds_loop(rows, n, limits, bounds); }
 
 // Keys ----------------------------------------------------------------------------------------------------------------------------------------
 
@@ -157,13 +157,13 @@ GEOSSL_INLINE void keys_loop(const T* rows, int64_t n, const KeyJob& job, Key* G
 
 GEOSSL_SIMD void chunk_keys(const float* rows, int64_t n, const KeyJob& job, int32_t* keys) { keys_loop(rows, n, job, keys); }
 GEOSSL_SIMD void chunk_keys(const float* rows, int64_t n, const KeyJob& job, int64_t* keys) { keys_loop(rows, n, job, keys); }
-GEOSSL_SIMD void chunk_keys(const double* rows, int64_t n, const KeyJob& job, int32_t* keys) { keys_loop(rows, n, job, keys); }
-GEOSSL_SIMD void chunk_keys(const double* rows, int64_t n, const KeyJob& job, int64_t* keys) { keys_loop(rows, n, job, keys); }
+void chunk_keys(const double* rows, int64_t n, const KeyJob& job, int32_t* keys) { keys_loop(rows, n, job, keys); }
+void chunk_keys(const double* rows, int64_t n, const KeyJob& job, int64_t* keys) { keys_loop(rows, n, job, keys); }
 
-// What one call works on.
-template <class T>
+// What one call works on. Only what reads coordinates asks for their type: all else would be compiled twice.
 struct Job {
-  const T* points;
+  const void* points;
+  bool is_double;
   Clouds clouds;
   VoxelGrid grid;
   const double* bounds;       // six per cloud
@@ -175,6 +175,12 @@ struct Job {
 
   int64_t row_of(int64_t piece) const { return piece * rows / pieces; }
 
+  template <class Key>
+  void keys_of(int64_t row, int64_t n, const KeyJob& job, Key* keys) const {
+    if (is_double) chunk_keys(static_cast<const double*>(points) + 3 * row, n, job, keys);
+    else chunk_keys(static_cast<const float*>(points) + 3 * row, n, job, keys);
+  }
+
   // Calls f(row, keys, count) on chunks of the rows of a piece; dropped rows and padding have the key `total`.
   template <class Key, class F>
   void each_chunk(int piece, F&& f) const {
@@ -184,10 +190,11 @@ struct Job {
       const KeyJob job{&grid, frames + b, bounds + 6 * b, total, order};
       for (int64_t row = begin; row < end; row += kChunk) {
         const int64_t n = std::min(kChunk, end - row);
-        chunk_keys(points + 3 * row, n, job, keys);
+        keys_of(row, n, job, keys);
+        const int64_t bytes = 3 * (is_double ? 8 : 4);
         if (row + 2 * kChunk <= end)  // while f works, the next points come
-          for (int64_t i = 3 * kChunk; i < 6 * kChunk; i += 64 / static_cast<int64_t>(sizeof(T)))
-            __builtin_prefetch(points + 3 * row + i, 0, 2);
+          for (int64_t byte = (row + kChunk) * bytes; byte < (row + 2 * kChunk) * bytes; byte += 64)
+            __builtin_prefetch(static_cast<const char*>(points) + byte, 0, 2);
         f(row, keys, n);
       }
       std::fill(keys, keys + kChunk, static_cast<Key>(total));
@@ -204,20 +211,20 @@ struct Outputs {
 // By a table ------------------------------------------------------------------------------------------------------------------------------------
 
 // Scratch: keys of all rows; keys of all voxels; then for every piece an entry per key and one for dropped rows.
-template <class T, class Index>
+template <class Index>
 struct ByTable {
   struct Entry {
     Index count, number;  // points of the piece, later where its next one goes; 1 + the voxel's number
   };
-  const Job<T>& job;
+  const Job& job;
   int32_t *keys, *occupied;
   Entry* table;
 
   static int64_t list_bytes(int64_t entries) { return (entries * 4 + 63) / 64 * 64; }
-  static int64_t lists_bytes(const Job<T>& job) { return list_bytes(job.rows) + list_bytes(std::min(job.rows, job.total) + 1); }
-  static int64_t bytes(const Job<T>& job) { return lists_bytes(job) + job.pieces * (job.total + 1) * static_cast<int64_t>(sizeof(Entry)); }
+  static int64_t lists_bytes(const Job& job) { return list_bytes(job.rows) + list_bytes(std::min(job.rows, job.total) + 1); }
+  static int64_t bytes(const Job& job) { return lists_bytes(job) + job.pieces * (job.total + 1) * static_cast<int64_t>(sizeof(Entry)); }
 
-  ByTable(const Job<T>& j, void* scratch) : job(j) {
+  ByTable(const Job& j, void* scratch) : job(j) {
     auto* memory = static_cast<char*>(scratch);
     keys = reinterpret_cast<int32_t*>(memory), occupied = reinterpret_cast<int32_t*>(memory + list_bytes(j.rows));
     table = reinterpret_cast<Entry*>(memory + lists_bytes(j));
@@ -235,7 +242,7 @@ struct ByTable {
     for_pieces(job.pieces, [&](int piece) {
       Entry* entries = of_piece(piece);
       std::memset(static_cast<void*>(entries), 0, static_cast<size_t>(job.total + 1) * sizeof(Entry));
-      job.template each_chunk<int32_t>(piece, [&](int64_t row, const int32_t* chunk, int64_t n) {
+      job.each_chunk<int32_t>(piece, [&](int64_t row, const int32_t* chunk, int64_t n) {
         std::memcpy(keys + row, chunk, static_cast<size_t>(n) * 4);
         for (int64_t i = 0; i < n; ++i) ++entries[chunk[i]].count;
       });
@@ -304,15 +311,15 @@ struct Wide {
 };
 
 // Scratch: two arrays of records, of which the sort ends in one.
-template <class T, class Record>
+template <class Record>
 struct BySort {
-  const Job<T>& job;
+  const Job& job;
   Record *records, *other;
   int bits, row_bits;  // of a key, and of a row in a Packed record
 
-  static int64_t bytes(const Job<T>& job) { return 2 * std::max<int64_t>(job.rows, 1) * static_cast<int64_t>(sizeof(Record)); }
+  static int64_t bytes(const Job& job) { return 2 * std::max<int64_t>(job.rows, 1) * static_cast<int64_t>(sizeof(Record)); }
 
-  BySort(const Job<T>& j, void* scratch, int key_bits, int row_bits_)
+  BySort(const Job& j, void* scratch, int key_bits, int row_bits_)
       : job(j), records(static_cast<Record*>(scratch)), other(records + std::max<int64_t>(j.rows, 1)), bits(key_bits), row_bits(row_bits_) {
     if (passes() % 2) std::swap(records, other);  // the sorted ones are always the first array
   }
@@ -333,7 +340,7 @@ struct BySort {
 
   void sort() {
     for_pieces(job.pieces, [&](int piece) {
-      job.template each_chunk<int64_t>(piece, [&](int64_t row, const int64_t* keys, int64_t n) {
+      job.each_chunk<int64_t>(piece, [&](int64_t row, const int64_t* keys, int64_t n) {
         for (int64_t i = 0; i < n; ++i) records[row + i] = make(static_cast<uint64_t>(keys[i]), row + i);
       });
     });
@@ -440,19 +447,19 @@ struct BySort {
 // Both ------------------------------------------------------------------------------------------------------------------------------------------
 
 // Calls f with the way to number the voxels of a job.
-template <class T, class F>
-void with_method(const Job<T>& job, void* scratch, F&& f) {
+template <class F>
+void with_method(const Job& job, void* scratch, F&& f) {
   constexpr int64_t kSmall = std::numeric_limits<int32_t>::max() - 1;
   const bool small = job.rows < kSmall;
   if (job.total < kSmall && (job.total <= kSmallTable || job.total * job.pieces <= kTablePerRow * job.rows)) {
-    if (small) f(ByTable<T, int32_t>(job, scratch));
-    else f(ByTable<T, int64_t>(job, scratch));
+    if (small) f(ByTable<int32_t>(job, scratch));
+    else f(ByTable<int64_t>(job, scratch));
     return;
   }
   const auto bits_of = [](int64_t v) { return v > 0 ? 64 - __builtin_clzll(static_cast<unsigned long long>(v)) : 0; };
   const int bits = bits_of(job.total), row_bits = bits_of(job.rows);
-  if (bits + row_bits <= 64) f(BySort<T, Packed>(job, scratch, bits, row_bits));
-  else f(BySort<T, Wide>(job, scratch, bits, 0));
+  if (bits + row_bits <= 64) f(BySort<Packed>(job, scratch, bits, row_bits));
+  else f(BySort<Wide>(job, scratch, bits, 0));
 }
 
 // The cells of voxels v0 .. v1, from the first point of each; voxels are sorted by cloud.
@@ -472,15 +479,14 @@ GEOSSL_INLINE void coords_loop(const T* points, const Clouds& clouds, const Voxe
 GEOSSL_SIMD void write_coords(const float* points, const Clouds& clouds, const VoxelGrid& grid, int64_t v0, int64_t v1, const Outputs& out) {
   coords_loop(points, clouds, grid, v0, v1, out);
 }
-GEOSSL_SIMD void write_coords(const double* points, const Clouds& clouds, const VoxelGrid& grid, int64_t v0, int64_t v1, const Outputs& out) {
+void write_coords(const double* points, const Clouds& clouds, const VoxelGrid& grid, int64_t v0, int64_t v1, const Outputs& out) {
   coords_loop(points, clouds, grid, v0, v1, out);
 }
 
-template <class T>
-Job<T> make_job(int threads, const void* points, const Clouds& clouds, const double* grid, const double* bounds, const int64_t* frames, int order,
-                int first, int64_t total, int64_t cap) {
-  Job<T> job{static_cast<const T*>(points), clouds, {}, bounds, reinterpret_cast<const VoxelFrame*>(frames), order, first, total,
-             std::max<int64_t>(cap, 1), clouds.batch > 0 ? clouds.rows() : 0, 1};
+Job make_job(int threads, int is_double, const void* points, const Clouds& clouds, const double* grid, const double* bounds,
+             const int64_t* frames, int order, int first, int64_t total, int64_t cap) {
+  Job job{points, is_double != 0, clouds, {}, bounds, reinterpret_cast<const VoxelFrame*>(frames), order, first, total,
+          std::max<int64_t>(cap, 1), clouds.batch > 0 ? clouds.rows() : 0, 1};
   std::memcpy(&job.grid, grid, sizeof job.grid);
   job.pieces = pieces_of(threads, job.rows);
   return job;
@@ -519,14 +525,12 @@ GEOSSL_API int geossl_voxel_count_cpu(int threads, int is_double, const void* po
                                       int64_t total, int64_t cap, void* scratch, int64_t* info) {
   using namespace geossl;
   if (n < 0 || batch < 0 || total < 0 || order < 0 || order > 2) return GEOSSL_INVALID_ARGUMENT;
-  return for_type(is_double, [&](auto zero) {
-    using T = decltype(zero);
-    const auto job = make_job<T>(threads, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
+  return guarded([&] {
+    const Job job = make_job(threads, is_double, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
     with_method(job, scratch, [&](auto method) {
       if (scratch) method.count(info, info + 1);
       else info[0] = method.bytes(job);
     });
-    return int{GEOSSL_OK};
   });
 }
 
@@ -536,13 +540,13 @@ GEOSSL_API int geossl_voxel_fill_cpu(int threads, int is_double, const void* poi
                                      int64_t* row_splits, int64_t* perm) {
   using namespace geossl;
   if (n < 0 || batch < 0 || total < 0 || order < 0 || order > 2 || voxels < 0) return GEOSSL_INVALID_ARGUMENT;
-  return for_type(is_double, [&](auto zero) {
-    using T = decltype(zero);
-    const auto job = make_job<T>(threads, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
+  return guarded([&] {
+    const Job job = make_job(threads, is_double, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
     const Outputs out{coords, inverse, counts, row_splits, perm};
     with_method(job, scratch, [&](auto method) { method.fill(voxels, out); });
-    parallel_for(job.pieces, voxels, kGrain,
-                 [&](int64_t v0, int64_t v1) { write_coords(job.points, job.clouds, job.grid, v0, v1, out); });
-    return int{GEOSSL_OK};
+    parallel_for(job.pieces, voxels, kGrain, [&](int64_t v0, int64_t v1) {
+      if (is_double) write_coords(static_cast<const double*>(points), job.clouds, job.grid, v0, v1, out);
+      else write_coords(static_cast<const float*>(points), job.clouds, job.grid, v0, v1, out);
+    });
   });
 }

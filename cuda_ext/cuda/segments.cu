@@ -1,6 +1,6 @@
-// Reductions of rows that share a segment. One thread per segment and channel visits the rows in order, through the inverse map of
-// geossl/ops/_dispatch.py (`order`; null: rows are already in the order of segments) and `starts` of each segment: neighbouring threads read
-// neighbouring channels, and there are no atomics, so the bits are the same every time and those of the CPU.
+// Reductions of rows that share a segment. One thread per segment and channel visits the rows in order, through `order`, the rows sorted by
+// segment (null: they stand in that order), and where each segment `starts` in it: neighbouring threads read neighbouring channels, and
+// there are no atomics, so the bits are the same every time and those of the CPU.
 #include "exponential.h"
 #include "warp.cuh"
 
@@ -18,10 +18,13 @@ struct Rows {
 
   __device__ int64_t begin(int64_t s) const { return clamp(starts[s]); }
   __device__ int64_t end(int64_t s) const { return clamp(starts[s + 1]); }
-  __device__ int64_t row(int64_t i) const { return order ? order[i] : i; }
+  __device__ int64_t row(int64_t i) const {
+    const int64_t found = order ? order[i] : i;
+    return found < 0 ? 0 : found < rows ? found : rows - 1;
+  }
 
  private:
-  // Unchecked splits must not reach past the rows.
+  // Neither splits nor order have been checked: they must not reach past the rows.
   __device__ int64_t clamp(int64_t i) const { return i < 0 ? 0 : i > rows ? rows : i; }
 };
 

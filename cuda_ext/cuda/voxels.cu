@@ -126,39 +126,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const T* features, int64_t rows, int64_t channels, const int64_t* perm,
-                                                       const int64_t* row_splits, int64_t voxels, bool mean, T* out) {
-  for (int64_t i = thread_number(); i < voxels * channels; i += thread_count()) {
-    const int64_t v = i / channels, c = i - v * channels, begin = row_splits[v], end = row_splits[v + 1];
-    T sum = T(0);
-#pragma unroll 4
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = perm[k];
-      if (row >= 0 && row < rows) sum += features[row * channels + c];
-    }
-    out[i] = mean ? sum / static_cast<T>(end > begin ? end - begin : 1) : sum;
-  }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) extrema_kernel(const T* features, int64_t rows, int64_t channels, const int64_t* perm,
-                                                           const int64_t* row_splits, int64_t voxels, bool largest, T* out, int64_t* arg) {
-  for (int64_t i = thread_number(); i < voxels * channels; i += thread_count()) {
-    const int64_t v = i / channels, c = i - v * channels, end = row_splits[v + 1];
-    T best = T(0);
-    int64_t from = -1;
-    for (int64_t k = row_splits[v]; k < end; ++k) {
-      const int64_t row = perm[k];
-      if (row < 0 || row >= rows) continue;
-      const T value = features[row * channels + c];
-      // NaN comes before every number, the lowest row before all with the same value.
-      if (from < 0 || ((largest ? !(value <= best) : !(value >= best)) && best == best)) best = value, from = row;
-    }
-    out[i] = best, arg[i] = from;
-  }
-}
-
 __global__ void __launch_bounds__(kThreads, kBlocks)
     table_kernel(const int32_t* coords, int64_t voxels, unsigned long long* table, int64_t slots) {
   for (int64_t v = thread_number(); v < voxels; v += thread_count()) {
@@ -270,24 +237,6 @@ GEOSSL_API int geossl_voxel_coords_cuda(int device, void* stream, int is_double,
     using T = decltype(zero);
     return gpu::launch(coords_kernel<T>, blocks_for(voxels, kThreads), dim3(kThreads), 0, as_stream(stream),
                        points_from<T>(points, offsets, lengths, n, batch), grid_from(grid), perm, row_splits, voxels, coords);
-  });
-}
-
-GEOSSL_API int geossl_voxel_reduce_cuda(int device, void* stream, int is_double, const void* features, int64_t rows, int64_t channels,
-                                        const int64_t*, const int64_t* perm, const int64_t* row_splits, int64_t voxels, int reduce, void* out,
-                                        int64_t* arg) {
-  using namespace geossl;
-  if (rows < 0 || channels < 0 || voxels < 0 || reduce < 0 || reduce > 3) return GEOSSL_INVALID_ARGUMENT;
-  if (voxels * channels == 0) return GEOSSL_OK;
-  return on_device(device, is_double, [&](auto zero) {
-    using T = decltype(zero);
-    const dim3 blocks = blocks_for(voxels * channels, kThreads);
-    const auto* x = static_cast<const T*>(features);
-    if (reduce < 2)
-      return gpu::launch(sum_kernel<T>, blocks, dim3(kThreads), 0, as_stream(stream), x, rows, channels, perm, row_splits, voxels, reduce == 1,
-                         static_cast<T*>(out));
-    return gpu::launch(extrema_kernel<T>, blocks, dim3(kThreads), 0, as_stream(stream), x, rows, channels, perm, row_splits, voxels, reduce == 2,
-                       static_cast<T*>(out), arg);
   });
 }
 

@@ -3,12 +3,9 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <exception>
-#include <mutex>
+#include <memory>
 #include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include <type_traits>
 
 // Raise it whenever an exported function changes its arguments or meaning, together with ABI_VERSION in
 // geossl/ops/_native.py: a library left over from before is then refused with a clear message.
@@ -43,39 +40,20 @@ enum GeosslStatus : int {
 
 namespace geossl {
 
+// Calls piece(context, begin, end) on that many contiguous pieces of [0, n), each on a thread of its own (cpu/threads.cpp).
+void run_pieces(int64_t pieces, int64_t n, void (*piece)(void* context, int64_t begin, int64_t end), void* context);
+
 // Calls f(begin, end) on contiguous pieces that together cover [0, n), on at most `threads` threads (the caller is one
 // of them), each piece at least `grain` long. Threads are started for this call and joined before it returns: nothing
 // outlives it, so a forked DataLoader worker can call it too. Starting one costs about 20 us; choose `grain` so that a
 // piece is worth a millisecond. The first exception thrown by f is thrown again here once all threads have ended.
 template <class F>
 void parallel_for(int threads, int64_t n, int64_t grain, F&& f) {
+  using Body = std::remove_reference_t<F>;
   if (n <= 0) return;
   const int64_t pieces = std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, std::max(threads, 1));
-  if (pieces == 1) {
-    f(int64_t{0}, n);
-    return;
-  }
-  std::exception_ptr error;
-  std::mutex error_mutex;
-  const auto run = [&](int64_t piece) {
-    try {
-      f(piece * n / pieces, (piece + 1) * n / pieces);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(error_mutex);
-      if (!error) error = std::current_exception();
-    }
-  };
-  std::vector<std::thread> workers;
-  workers.reserve(static_cast<size_t>(pieces - 1));
-  int64_t next = 1;
-  try {
-    for (; next < pieces; ++next) workers.emplace_back(run, next);
-  } catch (const std::system_error&) {  // the system refuses more threads: the caller does what is left
-  }
-  run(0);
-  for (; next < pieces; ++next) run(next);
-  for (std::thread& worker : workers) worker.join();
-  if (error) std::rethrow_exception(error);
+  run_pieces(pieces, n, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
+             const_cast<void*>(static_cast<const void*>(std::addressof(f))));
 }
 
 // Runs the body of an exported function and turns exceptions into status codes: none may cross the C interface.

@@ -18,7 +18,7 @@ Reduce = Literal["sum", "mean", "max", "min", "softmax", "logsumexp"]
 
 _REDUCTIONS = ("sum", "mean", "max", "min", "softmax", "logsumexp")
 
-# dtype, x, rows, channels, index, splits (CUDA: starts), order, size
+# dtype, x, rows, channels, index, splits, order, size
 _ROWS = (INT, PTR, INT64, INT64, PTR, PTR, PTR, INT64)
 # rows, out, count
 _sum_c = _dispatch.functions("segment_sum", *_ROWS, PTR, PTR)
@@ -27,6 +27,10 @@ _extreme_c = _dispatch.functions("segment_extreme", *_ROWS, INT, DOUBLE, PTR, PT
 # rows, out
 _softmax_c = _dispatch.functions("segment_softmax", *_ROWS, PTR)
 _logsumexp_c = _dispatch.functions("segment_logsumexp", *_ROWS, PTR)
+
+
+# Which segment each row belongs to, in one of three forms: `index`; `row_splits` of rows that stand in the order of segments; or, as in a
+# VoxelMap, `index` together with `order`, the rows sorted by segment, and `row_splits` of that, which spares a GPU the sorting.
 
 
 def _check_values(x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int) -> None:
@@ -47,14 +51,15 @@ def _check_values(x: Tensor, index: Tensor | None, row_splits: Tensor | None, si
             )
 
 
-def _run(c: Any, kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, *rest: Any) -> None:
+def _run(
+    c: Any, kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, *rest: Any
+) -> None:
     """Call a C function with contiguous rows of float32 or float64; ``rest`` are its arguments after the rows."""
     pointer = _dispatch.pointer
-    order: Tensor | None = None
     if kind == "cuda":
         if _checks.read_values(x):
             _check_values(x, index, row_splits, size)
-        if index is not None:
+        if index is not None and order is None:
             order, row_splits = _dispatch.inverse(index, 1, size)
     arguments = x.data_ptr(), *x.shape, pointer(index), pointer(row_splits), pointer(order), size, *rest
     try:
@@ -69,58 +74,63 @@ def _prepare(x: Tensor, *indices: Tensor | None) -> tuple[Any, ...]:
     return wide.contiguous(), *(None if i is None else i.contiguous() for i in indices)
 
 
-def _sum_native(kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, mean: bool) -> tuple[Tensor, Tensor]:
-    wide, index, row_splits = _prepare(x, index, row_splits)
-    out, count = _sum_fake(wide, index, row_splits, size, mean)
-    _run(_sum_c, kind, wide, index, row_splits, size, out.data_ptr(), count.data_ptr() if mean else None)
+def _sum_native(
+    kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, mean: bool
+) -> tuple[Tensor, Tensor]:
+    wide, index, row_splits, order = _prepare(x, index, row_splits, order)
+    out, count = _sum_fake(wide, index, row_splits, order, size, mean)
+    _run(_sum_c, kind, wide, index, row_splits, order, size, out.data_ptr(), count.data_ptr() if mean else None)
     return out.to(x.dtype), count
 
 
-def _sum_fake(x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, mean: bool) -> tuple[Tensor, Tensor]:
+def _sum_fake(
+    x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, mean: bool
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(size, x.shape[1]), x.new_empty(size if mean else 0, dtype=torch.int64)
 
 
 def _extreme_native(
-    kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, largest: bool, fill: float, with_arg: bool
+    kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, largest: bool, fill: float,
+    with_arg: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide, index, row_splits = _prepare(x, index, row_splits)
-    out, arg = _extreme_fake(wide, index, row_splits, size, largest, fill, with_arg)
+    wide, index, row_splits, order = _prepare(x, index, row_splits, order)
+    out, arg = _extreme_fake(wide, index, row_splits, order, size, largest, fill, with_arg)
     where = arg.data_ptr() if with_arg else None
-    _run(_extreme_c, kind, wide, index, row_splits, size, largest, fill, out.data_ptr(), where)
+    _run(_extreme_c, kind, wide, index, row_splits, order, size, largest, fill, out.data_ptr(), where)
     return out.to(x.dtype), arg
 
 
 def _extreme_fake(
-    x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, largest: bool, fill: float, with_arg: bool
+    x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, largest: bool, fill: float, with_arg: bool
 ) -> tuple[Tensor, Tensor]:
     arg = x.new_empty(size, x.shape[1], dtype=torch.int64) if with_arg else x.new_empty(0, dtype=torch.int64)
     return x.new_empty(size, x.shape[1]), arg
 
 
-def _softmax_native(kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int) -> Tensor:
-    wide, index, row_splits = _prepare(x, index, row_splits)
+def _softmax_native(kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int) -> Tensor:
+    wide, index, row_splits, order = _prepare(x, index, row_splits, order)
     out = torch.zeros_like(wide) if kind == "cuda" and index is not None else torch.empty_like(wide)  # rows without a segment are 0
-    _run(_softmax_c, kind, wide, index, row_splits, size, out.data_ptr())
+    _run(_softmax_c, kind, wide, index, row_splits, order, size, out.data_ptr())
     return out.to(x.dtype)
 
 
-def _logsumexp_native(kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int) -> Tensor:
-    wide, index, row_splits = _prepare(x, index, row_splits)
+def _logsumexp_native(kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int) -> Tensor:
+    wide, index, row_splits, order = _prepare(x, index, row_splits, order)
     out = wide.new_empty(size, wide.shape[1])
-    _run(_logsumexp_c, kind, wide, index, row_splits, size, out.data_ptr())
+    _run(_logsumexp_c, kind, wide, index, row_splits, order, size, out.data_ptr())
     return out.to(x.dtype)
 
 
 def _checked(twin: Any) -> Any:
-    def run(x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, *rest: Any) -> Any:
+    def run(x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, *rest: Any) -> Any:
         if _checks.read_values(x):
             _check_values(x, index, row_splits, size)
-        return twin(x, index, row_splits, size, *rest)
+        return twin(x, index, row_splits, size, *rest)  # `order` says nothing that `index` does not
 
     return run
 
 
-_INPUTS = "Tensor x, Tensor? index, Tensor? row_splits, SymInt size"
+_INPUTS = "Tensor x, Tensor? index, Tensor? row_splits, Tensor? order, SymInt size"
 _segment_sum = _dispatch.define(
     f"segment_sum({_INPUTS}, bool mean) -> (Tensor, Tensor)",
     native=_sum_native,
@@ -139,14 +149,14 @@ _segment_softmax = _dispatch.define(
     f"segment_softmax({_INPUTS}) -> Tensor",
     native=_softmax_native,
     twin=_checked(reference.segment_softmax),
-    fake=lambda x, index, row_splits, size: torch.empty_like(x, memory_format=torch.contiguous_format),
+    fake=lambda x, index, row_splits, order, size: torch.empty_like(x, memory_format=torch.contiguous_format),
     autocast=None,
 )
 _segment_logsumexp = _dispatch.define(
     f"segment_logsumexp({_INPUTS}) -> Tensor",
     native=_logsumexp_native,
     twin=_checked(reference.segment_logsumexp),
-    fake=lambda x, index, row_splits, size: x.new_empty(size, x.shape[1]),
+    fake=lambda x, index, row_splits, order, size: x.new_empty(size, x.shape[1]),
     autocast=None,
 )
 
@@ -160,7 +170,7 @@ def _spread(values: Tensor, index: Tensor | None, row_splits: Tensor | None, row
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, index, row_splits, _, mean = inputs
+    x, index, row_splits, _, _, mean = inputs
     ctx.save_for_backward(index, row_splits, output[1] if mean else None)
     ctx.rows = x.shape[0]
 
@@ -169,12 +179,12 @@ def _sum_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     index, row_splits, count = ctx.saved_tensors
     if count is not None:
         grad = grad / count.clamp(min=1)[:, None]
-    return _spread(grad, index, row_splits, ctx.rows), None, None, None, None
+    return _spread(grad, index, row_splits, ctx.rows), *[None] * 5
 
 
 def _save_extreme(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
-    ctx.rows, ctx.with_arg = inputs[0].shape[0], inputs[6]
+    ctx.rows, ctx.with_arg = inputs[0].shape[0], inputs[7]
 
 
 def _extreme_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,32 +193,32 @@ def _extreme_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
     # Each entry goes to a row of its own segment, so that no two meet; those of empty segments go to an extra row that is cut off.
     (arg,) = ctx.saved_tensors
     target = torch.where(arg >= 0, arg, ctx.rows)
-    return grad.new_zeros(ctx.rows + 1, grad.shape[1]).scatter(0, target, grad)[: ctx.rows], *[None] * 6
+    return grad.new_zeros(ctx.rows + 1, grad.shape[1]).scatter(0, target, grad)[: ctx.rows], *[None] * 7
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, index, row_splits, ctx.size = inputs
-    ctx.save_for_backward(output, index, row_splits)
+    _, index, row_splits, order, ctx.size = inputs
+    ctx.save_for_backward(output, index, row_splits, order)
 
 
 def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    out, index, row_splits = ctx.saved_tensors
+    out, index, row_splits, order = ctx.saved_tensors
     dtype = out.dtype
     out, grad = (t if dtype == torch.float64 else t.float() for t in (out, grad))
-    weighted = _segment_sum(out * grad, index, row_splits, ctx.size, False)[0]
-    return (out * (grad - _spread(weighted, index, row_splits, out.shape[0]))).to(dtype), None, None, None
+    weighted = _segment_sum(out * grad, index, row_splits, order, ctx.size, False)[0]
+    return (out * (grad - _spread(weighted, index, row_splits, out.shape[0]))).to(dtype), *[None] * 4
 
 
 def _save_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, index, row_splits, ctx.size = inputs
-    ctx.save_for_backward(x, index, row_splits)
+    x, index, row_splits, order, ctx.size = inputs
+    ctx.save_for_backward(x, index, row_splits, order)
 
 
 def _logsumexp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, index, row_splits = ctx.saved_tensors
+    x, index, row_splits, order = ctx.saved_tensors
     wide, grad = (t if x.dtype == torch.float64 else t.float() for t in (x, grad))
-    share = _segment_softmax(wide, index, row_splits, ctx.size)
-    return (share * _spread(grad, index, row_splits, x.shape[0])).to(x.dtype), None, None, None
+    share = _segment_softmax(wide, index, row_splits, order, ctx.size)
+    return (share * _spread(grad, index, row_splits, x.shape[0])).to(x.dtype), *[None] * 4
 
 
 for _name, _backward, _save in (
@@ -232,21 +242,23 @@ def _check_rows(op: str, x: Tensor, reduce: str, fill: float) -> None:
         raise TypeError(f"{op}: fill must be a number, got {_checks.describe(fill)}")
 
 
-def _reduce(
-    x: Tensor, index: Tensor | None, row_splits: Tensor | None, size: int, reduce: str, fill: float, return_arg: bool
-) -> tuple[Tensor, Tensor | None]:
+def reduce_rows(
+    x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, reduce: str, fill: float = 0.0,
+    return_arg: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Reduce rows whose segments are given in any of the three forms; the arguments have been checked."""
     channels = x.shape[1:]
     flat = x.reshape(x.shape[0], channels.numel())  # -1 cannot be told where there are no rows
     arg = None
     if reduce in ("sum", "mean"):
-        out = _segment_sum(flat, index, row_splits, size, reduce == "mean")[0]
+        out = _segment_sum(flat, index, row_splits, order, size, reduce == "mean")[0]
     elif reduce in ("max", "min"):
         with_arg = return_arg or (x.requires_grad and torch.is_grad_enabled())
-        out, arg = _segment_extreme(flat, index, row_splits, size, reduce == "max", float(fill), with_arg)
+        out, arg = _segment_extreme(flat, index, row_splits, order, size, reduce == "max", float(fill), with_arg)
     elif reduce == "softmax":
-        return _segment_softmax(flat, index, row_splits, size).view(x.shape), None
+        return _segment_softmax(flat, index, row_splits, order, size).view(x.shape), None
     else:
-        out = _segment_logsumexp(flat, index, row_splits, size)
+        out = _segment_logsumexp(flat, index, row_splits, order, size)
     shape = (size, *channels)
     return out.view(shape), arg.view(shape) if return_arg and arg is not None else None
 
@@ -283,7 +295,7 @@ def segment_reduce(x: Tensor, row_splits: Tensor, reduce: Reduce, *, fill: float
             f"got {_checks.describe(row_splits)}"
         )
     row_splits = _checks.integers(op, "row_splits", row_splits, row_splits.shape[0], x, "[S + 1]")
-    return _reduce(x, None, row_splits, row_splits.shape[0] - 1, reduce, fill, False)[0]
+    return reduce_rows(x, None, row_splits, None, row_splits.shape[0] - 1, reduce, fill)[0]
 
 
 def scatter_reduce(
@@ -322,5 +334,5 @@ def scatter_reduce(
         raise ValueError(f"{op}: dim_size must not be negative, got {size}")
     if return_arg and reduce not in ("max", "min"):
         raise ValueError(f"{op}: return_arg needs reduce 'max' or 'min', got {reduce!r}: other reductions choose no row")
-    out, arg = _reduce(x, index, None, size, reduce, fill, return_arg)
+    out, arg = reduce_rows(x, index, None, None, size, reduce, fill, return_arg)
     return out if arg is None else (out, arg)

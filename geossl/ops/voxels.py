@@ -14,6 +14,7 @@ from geossl.ops import _checks, _dispatch, _native
 from geossl.ops._native import INT, INT64, PTR
 from geossl.ops.grouping import group
 from geossl.ops.reference import voxels as reference
+from geossl.ops.segments import reduce_rows
 
 ORDERS = ("lexicographic", "morton", "hilbert", "first")
 REDUCTIONS = ("sum", "mean", "max", "min")
@@ -62,8 +63,6 @@ _starts_cuda = _native.function("cuda", "geossl_voxel_starts_cuda", INT, PTR, IN
 _fill_cuda = _native.function("cuda", "geossl_voxel_fill_cuda", INT, PTR, INT, PTR, PTR, INT64, INT64, PTR, PTR, PTR, PTR, PTR, PTR)
 # clouds, grid, perm, row_splits, voxels, coords
 _coords_cuda = _native.function("cuda", "geossl_voxel_coords_cuda", INT, PTR, *_CLOUDS, PTR, PTR, PTR, INT64, PTR)
-# dtype, features, rows, channels, inverse, perm, row_splits, voxels, reduce, out, arg
-_reduce_c = _dispatch.functions("voxel_reduce", INT, PTR, INT64, INT64, PTR, PTR, PTR, INT64, INT, PTR, PTR)
 # clouds, grid, coords, voxels, table, slots, index, weight
 _corners_c = _dispatch.functions("voxel_corners", *_CLOUDS, PTR, PTR, INT64, PTR, INT64, PTR, PTR)
 
@@ -346,53 +345,6 @@ def voxelize(
 # Features ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _reduce_native(kind: Any, features: Tensor, inverse: Tensor, perm: Tensor, row_splits: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
-    dtype = features.dtype
-    features = (features if dtype == torch.float64 else features.float()).contiguous()
-    inverse, perm, row_splits = inverse.contiguous(), perm.contiguous(), row_splits.contiguous()
-    out, arg = _reduce_fake(features, inverse, perm, row_splits, reduce)
-    _reduce_c[kind](
-        *_dispatch.place(kind, features), features.dtype == torch.float64, features.data_ptr(), *features.shape, inverse.data_ptr(),
-        perm.data_ptr(), row_splits.data_ptr(), out.shape[0], REDUCTIONS.index(reduce), out.data_ptr(), arg.data_ptr(),
-    )  # fmt: skip
-    return out.to(dtype), arg
-
-
-def _reduce_fake(features: Tensor, inverse: Tensor, perm: Tensor, row_splits: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
-    voxels, channels = row_splits.shape[0] - 1, features.shape[1]
-    out = features.new_empty(voxels, channels)
-    return out, perm.new_empty((voxels, channels) if reduce in ("max", "min") else (0, 0))
-
-
-_reduce = _dispatch.define(
-    "voxel_reduce(Tensor features, Tensor inverse, Tensor perm, Tensor row_splits, str reduce) -> (Tensor, Tensor)",
-    native=_reduce_native,
-    twin=reference.voxel_reduce,
-    fake=_reduce_fake,
-    autocast=None,
-)
-
-
-def _reduce_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    features, inverse, _, row_splits, ctx.reduce = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inverse, row_splits, output[1])
-    ctx.rows = features.shape[0]
-
-
-def _reduce_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    inverse, row_splits, arg = ctx.saved_tensors
-    if ctx.reduce in ("max", "min"):
-        # A row stands in one voxel only, so no two gradients meet.
-        return grad.new_zeros(ctx.rows, grad.shape[1]).scatter(0, arg, grad), None, None, None, None
-    if ctx.reduce == "mean":
-        grad = grad / row_splits.diff().clamp(min=1).unsqueeze(1)
-    return group(grad, inverse), None, None, None, None
-
-
-torch.library.register_autograd("geossl::voxel_reduce", _reduce_backward, setup_context=_reduce_save, lib=_dispatch.LIBRARY)
-
-
 def _features(op: str, name: str, value: Any, shape: Any, what: str) -> Tensor:
     """Check floating features with one row per entry of ``shape``."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -429,8 +381,8 @@ def voxel_reduce(features: Tensor, voxel_map: VoxelMap, reduce: Literal["mean", 
     _checks.same_device("voxel_reduce", "features", features, voxel_map.inverse)
     if reduce not in REDUCTIONS:
         raise unknown_name("voxel_reduce reduction", reduce, REDUCTIONS)
-    flat = features.flatten(0, -2)
-    return _reduce(flat, voxel_map.inverse.reshape(-1), voxel_map.perm, voxel_map.row_splits, reduce)[0]
+    inverse, row_splits, perm = voxel_map.inverse.reshape(-1), voxel_map.row_splits, voxel_map.perm
+    return reduce_rows(features.flatten(0, -2), inverse, row_splits, perm, row_splits.shape[0] - 1, reduce)[0]
 
 
 def _corners_native(

@@ -29,11 +29,11 @@ void reduce(int64_t rows, int64_t channels, int64_t size, const char* what) {
   for (bool sorted : {false, true}) {
     std::vector<T> sum[2], best[2], soft[2], lse[2];
     std::vector<int64_t> count[2], arg[2];
-    const int64_t *cpu_index = sorted ? nullptr : index.data(), *cpu_splits = sorted ? splits.data() : nullptr;
-    const int64_t *gpu_starts = sorted ? splits.data() : starts.data(), *gpu_order = sorted ? nullptr : order.data();
+    const int64_t *index_of = sorted ? nullptr : index.data(), *starts_of = sorted ? splits.data() : starts.data();
+    const int64_t* rows_in_order = sorted ? nullptr : order.data();
     const auto call = [&](auto cpu, auto cuda, bool on_cuda, auto... rest) {
-      check(0 == (on_cuda ? cuda(0, nullptr, is_double, x.data(), rows, channels, cpu_index, gpu_starts, gpu_order, size, rest...)
-                          : cpu(2, is_double, x.data(), rows, channels, cpu_index, cpu_splits, nullptr, size, rest...)),
+      check(0 == (on_cuda ? cuda(0, nullptr, is_double, x.data(), rows, channels, index_of, starts_of, rows_in_order, size, rest...)
+                          : cpu(2, is_double, x.data(), rows, channels, index_of, starts_of, nullptr, size, rest...)),
             what);
     };
     for (int largest : {0, 1}) {

@@ -1,8 +1,7 @@
-// Voxel reductions and the voxels around points.
+// Bounds of clouds and the voxels around points.
 #include "drive.h"
 
 BOTH(voxel_bounds, int, const void*, const int64_t*, const int64_t*, int64_t, int64_t, const double*, int64_t, double*);
-BOTH(voxel_reduce, int, const void*, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t, int, void*, int64_t*);
 BOTH(voxel_corners, int, const void*, const int64_t*, const int64_t*, int64_t, int64_t, const double*, const int32_t*, int64_t, int64_t*, int64_t,
      int64_t*, void*);
 
@@ -13,30 +12,13 @@ using namespace drive;
 template <class T>
 void voxels() {
   const int is_double = sizeof(T) == 8;
-  const int64_t n = 300, batch = 2, lengths[] = {n, 40}, channels = 5, count = 4;
+  const int64_t n = 300, batch = 2, lengths[] = {n, 40}, count = 4;
   const double all[] = {-1e300, -1e300, -1e300, 1e300, 1e300, 1e300}, grid[] = {0.5, 0.5, 0.5, 0, 0, 0};
   const std::vector<T> p = points<T>(batch * n);
   std::vector<double> bounds[2];
-  std::vector<int64_t> arg[2], index[2], inverse, perm, splits{0};
-  std::vector<T> out[2], weight[2], features(static_cast<size_t>(n * channels));
-  for (T& v : features) v = static_cast<T>(uniform());
-  for (int64_t row = 0; row < n; ++row) inverse.push_back(row % (count + 1) - 1);
-  for (int64_t v = 0; v < count; ++v) {
-    for (int64_t row = 0; row < n; ++row)
-      if (inverse[static_cast<size_t>(row)] == v) perm.push_back(row);
-    splits.push_back(static_cast<int64_t>(perm.size()));
-  }
+  std::vector<int64_t> index[2];
+  std::vector<T> weight[2];
   const std::vector<int32_t> coords{0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1, 0, 0, 0};
-  for (int reduce = 0; reduce < 4; ++reduce)
-    for (bool cuda : kOnCuda) {
-      out[cuda].assign(static_cast<size_t>(count * channels), T(-7)), arg[cuda].assign(out[cuda].size(), -7);
-      check(0 == (cuda ? geossl_voxel_reduce_cuda(0, nullptr, is_double, features.data(), n, channels, inverse.data(), perm.data(), splits.data(),
-                                                  count, reduce, out[1].data(), arg[1].data())
-                       : geossl_voxel_reduce_cpu(2, is_double, features.data(), n, channels, inverse.data(), perm.data(), splits.data(), count,
-                                                 reduce, out[0].data(), arg[0].data())),
-            "voxel reduce");
-      if (cuda) check(equal(out[0], out[1]) && equal(arg[0], arg[1]), "voxel reduce");
-    }
   for (bool cuda : kOnCuda) {
     bounds[cuda].assign(batch * 3 * 6, -7), index[cuda].assign(static_cast<size_t>(batch * n * 8), -7), weight[cuda].assign(index[cuda].size(), T(-7));
     std::vector<int64_t> table(16, -1);

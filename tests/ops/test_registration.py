@@ -73,17 +73,11 @@ def voxels_samples() -> dict[str, list[tuple]]:
     points, flat, size, origin = torch.rand(2, 9, 3), torch.rand(9, 3), [0.4] * 3, [0.0] * 3
     everywhere, inside = [-INF] * 3 + [INF] * 3, [0.1] * 3 + [0.8] * 3
     found = ops.voxelize(flat, 0.4, offsets=torch.tensor([0, 4, 9]))
-    features = torch.rand(9, 4)
-    index = (found.inverse, found.perm, found.row_splits)
     return {
         "voxelize": [
             (points, None, None, size, origin, everywhere, "lexicographic", 100),
             (points, torch.tensor([9, 0]), None, size, origin, inside, "hilbert", 1),
             (flat, None, torch.tensor([0, 4, 9]), size, origin, everywhere, "first", 2),
-        ],
-        "voxel_reduce": [
-            *((features, *index, reduce) for reduce in ("sum", "max")),
-            *((features.clone().requires_grad_(), *index, reduce) for reduce in ("sum", "mean", "max", "min")),
         ],
         "voxel_corners": [
             (points, torch.tensor([9, 3]), None, found.coords, size, origin),
@@ -122,16 +116,19 @@ def search_samples() -> dict[str, list[tuple]]:
 
 def segments_samples() -> dict[str, list[tuple]]:
     x, g = torch.rand(9, 3), torch.rand(9, 3, requires_grad=True)
-    index, splits, none, no_rows = (
-        torch.tensor([3, 0, -1, 1, 1, 0, 3, 3, 0]),
-        torch.tensor([0, 4, 4, 9]),
-        torch.rand(0, 3),
-        torch.zeros(4).long(),
-    )
-    forms = [(x, index, None, 4), (g, index, None, 4), (g, None, splits, 3), (none, None, no_rows, 3), (x.bfloat16(), None, splits, 3)]
+    index, splits, none = torch.tensor([3, 0, -1, 1, 1, 0, 3, 3, 0]), torch.tensor([0, 4, 4, 9]), torch.rand(0, 3)
+    order, starts = index.argsort(stable=True)[1:], torch.tensor([0, 3, 5, 5, 8])  # of the index without its -1
+    forms = [
+        (x, index, None, None, 4),
+        (g, index, None, None, 4),
+        (g, index, starts, order, 4),
+        (g, None, splits, None, 3),
+        (none, None, torch.zeros(4).long(), None, 3),
+        (x.bfloat16(), None, splits, None, 3),
+    ]
     return {
         "segment_sum": [(*form, mean) for form in forms for mean in (False, True)],
-        "segment_extreme": [(*form, True, 2.0, True) for form in forms] + [(x, index, None, 4, False, 0.0, False)],
+        "segment_extreme": [(*form, True, 2.0, True) for form in forms] + [(x, index, None, None, 4, False, 0.0, False)],
         "segment_softmax": forms,
         "segment_logsumexp": forms,
     }

@@ -8,9 +8,9 @@ from torch import Tensor
 
 def row_segments(index: Tensor | None, row_splits: Tensor | None, rows: int) -> Tensor:
     """Return the segment of every row ``[M]``, -1 for none: ``index`` itself, or from where the segments begin and end."""
-    if row_splits is None:
-        assert index is not None
+    if index is not None:
         return index
+    assert row_splits is not None
     segments = torch.arange(row_splits.shape[0] - 1, device=row_splits.device)
     return torch.repeat_interleave(segments, row_splits.diff(), output_size=rows)
 

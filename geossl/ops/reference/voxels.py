@@ -94,26 +94,6 @@ def voxelize(
     return coords, inverse.view(points.shape[:-1]), counts, splits, perm
 
 
-def voxel_reduce(features: Tensor, inverse: Tensor, perm: Tensor, row_splits: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
-    """Reduce the rows of every voxel; for "max" and "min" also return the lowest row that has the value, NaN before all."""
-    wide = features if features.dtype == torch.float64 else features.float()
-    voxels, channels = row_splits.shape[0] - 1, features.shape[1]
-    voxel = torch.repeat_interleave(row_splits.diff())
-    values = wide[perm]
-    arg = perm.new_zeros(0, 0)
-    if reduce in ("sum", "mean"):
-        out = wide.new_zeros(voxels, channels).index_add(0, voxel, values)
-        if reduce == "mean":
-            out = out / row_splits.diff().clamp(min=1).unsqueeze(1)
-    else:
-        index = voxel.unsqueeze(1).expand_as(values)
-        out = wide.new_zeros(voxels, channels).scatter_reduce(0, index, values, "amax" if reduce == "max" else "amin", include_self=False)
-        hit = (values == out[voxel]) | values.isnan()
-        candidates = torch.where(hit, perm.unsqueeze(1), len(features))
-        arg = perm.new_full((voxels, channels), len(features)).scatter_reduce(0, index, candidates, "amin")
-    return out.to(features.dtype), arg
-
-
 def voxel_corners(
     points: Tensor, lengths: Tensor | None, offsets: Tensor | None, coords: Tensor, size: list[float], origin: list[float]
 ) -> tuple[Tensor, Tensor]:

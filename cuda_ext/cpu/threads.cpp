@@ -1,0 +1,36 @@
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "geossl_api.h"
+
+namespace geossl {
+
+void run_pieces(int64_t pieces, int64_t n, void (*piece)(void* context, int64_t begin, int64_t end), void* context) {
+  if (pieces == 1) return piece(context, 0, n);
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  const auto run = [&](int64_t number) {
+    try {
+      piece(context, number * n / pieces, (number + 1) * n / pieces);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+  };
+  std::vector<std::thread> workers;
+  workers.reserve(static_cast<size_t>(pieces - 1));
+  int64_t next = 1;
+  try {
+    for (; next < pieces; ++next) workers.emplace_back(run, next);
+  } catch (const std::system_error&) {  // the system refuses more threads: the caller does what is left
+  }
+  run(0);
+  for (; next < pieces; ++next) run(next);
+  for (std::thread& worker : workers) worker.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace geossl
