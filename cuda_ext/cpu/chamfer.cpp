@@ -225,7 +225,7 @@ double one_direction(const Cloud<T>& own, const Cloud<T>& other, int64_t channel
       nearest_rows_of_channels(own, other, channels, other_row, norm, t0, t1, distance, nearest);
     });
   } else if (tree_pays(own.size, other.size)) {
-    const Tree<T> tree(other.rows, other.size);
+    const Tree<T> tree(other.rows, other.size, threads);
     parallel_for(threads, own.size, 2048, [&](int64_t i0, int64_t i1) { nearest_by_tree(own, tree, other_row, norm, i0, i1, distance, nearest); });
   } else {
     const int64_t tiles = (own.size + kTile - 1) / kTile;

@@ -166,9 +166,9 @@ struct Memory {
 
 // Cuts n points into buckets and samples those, writing rows.
 template <class T>
-int64_t sample_in_buckets(const Soa<T>& p, const int32_t* id, int64_t n, const T* start, int64_t k, int32_t* picks) {
+int64_t sample_in_buckets(const Soa<T>& p, const int32_t* id, int64_t n, const T* start, int64_t k, int threads, int32_t* picks) {
   std::vector<int32_t> order(static_cast<size_t>(n));
-  const std::vector<int32_t> ends = spatial_order(p, n, kBucket, order.data());
+  const std::vector<int32_t> ends = spatial_order(p, n, kBucket, order.data(), threads);
   const auto buckets = static_cast<int64_t>(ends.size()), count = (buckets + 15) / 16 * 16, capacity = n + buckets * kLanes;
   Scratch<T> x, y, z;
   Scratch<Bits<T>> nearest, largest, test;
@@ -254,7 +254,7 @@ int64_t sample_plainly(const Soa<T>& p, const int32_t* id, int64_t n, const T* s
 }
 
 template <class T>
-void sample_cloud(const T* points, int64_t n, int64_t k, const Options& options, int64_t base, Memory<T>& memory, int64_t* out) {
+void sample_cloud(const T* points, int64_t n, int64_t k, const Options& options, int64_t base, int threads, Memory<T>& memory, int64_t* out) {
   const int64_t first = n > 0 && k > 0 ? first_pick(points, n, options) : -1;
   if (first < 0) {
     std::fill(out, out + k, int64_t{-1});
@@ -265,7 +265,7 @@ void sample_cloud(const T* points, int64_t n, int64_t k, const Options& options,
   int32_t *id = memory.id.get(capacity), *picks = memory.picks.get(wanted + 1);
   const int64_t count = load(points, n, options, first, p, id);
   const T* start = points + 3 * first;
-  const int64_t found = buckets_pay(count, wanted) ? sample_in_buckets(p, id, count, start, wanted, picks)
+  const int64_t found = buckets_pay(count, wanted) ? sample_in_buckets(p, id, count, start, wanted, threads, picks)
                                                    : sample_plainly(p, id, count, start, wanted, memory.nearest.get(capacity), picks);
   out[0] = base + first;
   for (int64_t i = 0; i < found; ++i) out[1 + i] = base + picks[i];
@@ -294,7 +294,7 @@ GEOSSL_API int geossl_fps_cpu(int threads, int is_double, const void* points, co
         const int64_t row = clouds.begin(b);
         const Options options{mask ? mask + row : nullptr, starts ? starts[b] : start, min_sq_norm};
         const int64_t count = out_offsets ? out_offsets[b + 1] - out_offsets[b] : k;
-        sample_cloud(static_cast<const T*>(points) + 3 * row, clouds.size(b), count, options, clouds.index_base(b), memory,
+        sample_cloud(static_cast<const T*>(points) + 3 * row, clouds.size(b), count, options, clouds.index_base(b), batch < threads ? threads : 1, memory,
                      out + (out_offsets ? out_offsets[b] : b * k));
       }
     });

@@ -243,7 +243,7 @@ void tree_rows(const Search<T>& s, const Tree<T>& tree, int64_t b, int64_t begin
 // --------------------------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-void search_rows(const Search<T>& s, const std::vector<std::unique_ptr<Tree<T>>>& trees, int64_t begin, int64_t end) {
+void search_rows(const Search<T>& s, const Trees<T>& trees, int64_t begin, int64_t end) {
   BruteMemory<T> memory;
   for (int64_t row = begin; row < end;) {
     const int64_t b = s.queries.cloud_of(row), first = s.queries.begin(b), last = first + s.queries.size(b);
@@ -272,18 +272,9 @@ void search_rows(const Search<T>& s, const std::vector<std::unique_ptr<Tree<T>>>
 template <class T>
 int run(const Search<T>& s, int threads) {
   const int64_t batch = s.clouds.batch, rows = s.queries.rows();
-  std::vector<std::unique_ptr<Tree<T>>> trees(static_cast<size_t>(batch));
   int64_t work = 1;
   for (int64_t b = 0; b < batch; ++b) work += s.queries.size(b) * std::min<int64_t>(s.clouds.size(b), 8192);
-  std::vector<int64_t> large;
-  for (int64_t b = 0; b < batch; ++b)
-    if (tree_pays(s.queries.size(b), s.clouds.size(b), s.k)) large.push_back(b);
-  parallel_for(threads, static_cast<int64_t>(large.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = large[static_cast<size_t>(i)];
-      trees[static_cast<size_t>(b)] = std::make_unique<Tree<T>>(s.points + 3 * s.clouds.begin(b), s.clouds.size(b));
-    }
-  });
+  const Trees<T> trees = build_trees(s.points, s.clouds, threads, [&](int64_t b) { return tree_pays(s.queries.size(b), s.clouds.size(b), s.k); });
   // A thread is worth starting for about two million distances.
   parallel_for(threads, rows, std::max<int64_t>(64, (int64_t{1} << 21) * rows / work),
                [&](int64_t begin, int64_t end) { search_rows(s, trees, begin, end); });

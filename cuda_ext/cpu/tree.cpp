@@ -1,121 +1,8 @@
 #include "tree.h"
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 
 namespace geossl {
-namespace {
-
-// Order ------------------------------------------------------------------------------------------------------------------------------
-
-struct Coded {
-  uint32_t code;
-  int32_t item;
-};
-
-// Spreads the lowest 10 bits three apart.
-inline uint32_t spread_bits(uint32_t v) {
-  v = (v | v << 16) & 0x030000ffu;
-  v = (v | v << 8) & 0x0300f00fu;
-  v = (v | v << 4) & 0x030c30c3u;
-  return (v | v << 2) & 0x09249249u;
-}
-
-// Sorts by code, stably.
-void sort_by_code(std::vector<Coded>& items, std::vector<Coded>& other) {
-  if (items.size() < 256) {
-    std::stable_sort(items.begin(), items.end(), [](const Coded& a, const Coded& b) { return a.code < b.code; });
-    return;
-  }
-  other.resize(items.size());
-  constexpr int kBits = 10;
-  for (int shift = 0; shift < 30; shift += kBits) {
-    std::array<int32_t, 1 << kBits> start{};
-    for (const Coded& item : items) ++start[item.code >> shift & ((1 << kBits) - 1)];
-    int32_t sum = 0;
-    for (int32_t& value : start) sum += value, value = sum - value;
-    for (const Coded& item : items) other[static_cast<size_t>(start[item.code >> shift & ((1 << kBits) - 1)]++)] = item;
-    items.swap(other);
-  }
-}
-
-// Orders the items of one range and cuts it into groups.
-template <class T>
-class Grouping {
- public:
-  Grouping(const Soa<T>& points, int64_t largest, int32_t* order, std::vector<int32_t>& ends)
-      : axes_{points.x, points.y, points.z}, largest_(largest), order_(order), ends_(ends) {}
-
-  void run(int64_t begin, int64_t end) {
-    T low[3], extent = 0;
-    for (int a = 0; a < 3; ++a) {
-      T high = low[a] = axes_[a][order_[begin]];
-      for (int64_t i = begin + 1; i < end; ++i) {
-        const T value = axes_[a][order_[i]];
-        low[a] = value < low[a] ? value : low[a];
-        high = value > high ? value : high;
-      }
-      extent = std::max(extent, high - low[a]);
-    }
-    const T scale = T(1023) / extent;
-    if (end - begin <= largest_ || !(extent > 0) || !std::isfinite(scale) || !(scale > 0)) {
-      // Few, all equal, or further apart than the type can tell: in index order.
-      for (int64_t i = begin; i < end; i += largest_) ends_.push_back(static_cast<int32_t>(std::min(i + largest_, end)));
-      return;
-    }
-    std::vector<Coded> items(static_cast<size_t>(end - begin)), other;
-    for (int64_t i = begin; i < end; ++i) {
-      uint32_t code = 0;
-      for (int a = 0; a < 3; ++a) code |= spread_bits(static_cast<uint32_t>((axes_[a][order_[i]] - low[a]) * scale)) << a;
-      items[static_cast<size_t>(i - begin)] = {code, order_[i]};
-    }
-    sort_by_code(items, other);
-    for (int64_t i = begin; i < end; ++i) order_[i] = items[static_cast<size_t>(i - begin)].item;
-    cut(items.data(), begin, items.data(), items.data() + items.size());
-  }
-
- private:
-  // Halves a range of codes at its highest differing bit, that is a box across its middle, until the groups are small enough.
-  void cut(const Coded* origin, int64_t offset, const Coded* first, const Coded* last) {
-    const int64_t begin = offset + (first - origin), end = offset + (last - origin);
-    if (end - begin <= largest_) return ends_.push_back(static_cast<int32_t>(end));
-    const uint32_t differing = first->code ^ (last - 1)->code;
-    if (differing == 0) return run(begin, end);  // one cell; inside, the extent is a thousand times smaller
-    uint32_t bit = differing;
-    while (bit & (bit - 1)) bit &= bit - 1;
-    const uint32_t split = (last - 1)->code & ~(bit - 1);
-    const Coded* middle = std::lower_bound(first, last, split, [](const Coded& item, uint32_t code) { return item.code < code; });
-    cut(origin, offset, first, middle);
-    cut(origin, offset, middle, last);
-  }
-
-  const T* axes_[3];
-  int64_t largest_;
-  int32_t* order_;
-  std::vector<int32_t>& ends_;
-};
-
-}  // namespace
-
-template <class T>
-std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order) {
-  std::vector<int32_t> ends;
-  for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
-  if (n > 0) Grouping<T>(points, largest, order, ends).run(0, n);
-  return ends;
-}
-
-template <class T>
-int64_t load_valid(const T* rows, int64_t n, const Soa<T>& to, int32_t* id) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const T x = rows[3 * i], y = rows[3 * i + 1], z = rows[3 * i + 2];
-    to.x[count] = x, to.y[count] = y, to.z[count] = z, id[count] = static_cast<int32_t>(i);
-    count += (x - x) + (y - y) + (z - z) == T(0);  // 0 for finite numbers only
-  }
-  return count;
-}
 
 // Boxes ------------------------------------------------------------------------------------------------------------------------------
 
@@ -140,30 +27,32 @@ void Boxes<T>::include(int64_t box, const T* other_low, const T* other_high, int
 }
 
 template <class T>
-Tree<T>::Tree(const T* rows, int64_t n) {
+Tree<T>::Tree(const T* rows, int64_t n, int threads) {
   Scratch<T> x, y, z;
   Scratch<int32_t> valid, order;
   const Soa<T> loaded{x.get(n), y.get(n), z.get(n)};
   int32_t *loaded_row = valid.get(n), *sorted = order.get(n);
   const int64_t count = load_valid(rows, n, loaded, loaded_row);
-  const std::vector<int32_t> ends = spatial_order(loaded, count, kLeafSize, sorted);
+  const std::vector<int32_t> ends = spatial_order(loaded, count, kLeafSize, sorted, threads);
 
   const auto leaves = static_cast<int64_t>(ends.size()), slots = leaves * kLeafSize;
   points = {x_.get(slots), y_.get(slots), z_.get(slots)};
   row = row_.get(slots);
   if (count == 0) return;
   levels.emplace_back(leaves);
-  for (int64_t leaf = 0, from = 0; leaf < leaves; ++leaf) {
-    int64_t slot = leaf * kLeafSize;
-    for (; from < ends[static_cast<size_t>(leaf)]; ++from, ++slot) {
-      const int32_t i = sorted[from];
-      const T corner[3] = {loaded.x[i], loaded.y[i], loaded.z[i]};
-      points.x[slot] = corner[0], points.y[slot] = corner[1], points.z[slot] = corner[2], row[slot] = loaded_row[i];
-      levels[0].include(leaf, corner, corner, loaded_row[i], 1);
+  parallel_for(threads, leaves, 1024, [&](int64_t leaf0, int64_t leaf1) {
+    for (int64_t leaf = leaf0, from = leaf ? ends[static_cast<size_t>(leaf) - 1] : 0; leaf < leaf1; ++leaf) {
+      int64_t slot = leaf * kLeafSize;
+      for (; from < ends[static_cast<size_t>(leaf)]; ++from, ++slot) {
+        const int32_t i = sorted[from];
+        const T corner[3] = {loaded.x[i], loaded.y[i], loaded.z[i]};
+        points.x[slot] = corner[0], points.y[slot] = corner[1], points.z[slot] = corner[2], row[slot] = loaded_row[i];
+        levels[0].include(leaf, corner, corner, loaded_row[i], 1);
+      }
+      for (; slot < (leaf + 1) * kLeafSize; ++slot)
+        points.x[slot] = points.y[slot] = points.z[slot] = std::numeric_limits<T>::quiet_NaN(), row[slot] = -1;
     }
-    for (; slot < (leaf + 1) * kLeafSize; ++slot)
-      points.x[slot] = points.y[slot] = points.z[slot] = std::numeric_limits<T>::quiet_NaN(), row[slot] = -1;
-  }
+  });
   while (levels.back().count > kFanout) {
     const Boxes<T>& below = levels.back();
     Boxes<T> above((below.count + kFanout - 1) / kFanout);
@@ -498,10 +387,6 @@ int64_t Tree<T>::collect(const T* at, T limit, int64_t self, Key<T>* keys) const
   return search_ball(*this, at, limit, self, keys);
 }
 
-template std::vector<int32_t> spatial_order(const Soa<float>&, int64_t, int64_t, int32_t*);
-template std::vector<int32_t> spatial_order(const Soa<double>&, int64_t, int64_t, int32_t*);
-template int64_t load_valid(const float*, int64_t, const Soa<float>&, int32_t*);
-template int64_t load_valid(const double*, int64_t, const Soa<double>&, int32_t*);
 template struct Boxes<float>;
 template struct Boxes<double>;
 template class Tree<float>;

@@ -10,9 +10,9 @@ namespace geossl {
 // Puts n points into an order in which neighbours in the order are neighbours in space, and cuts it into groups of up to `largest` points
 // in boxes that do not overlap: along a Morton curve through 1024^3 cells of the bounding box, and again inside every cell that holds too
 // many, so that dense spots and far outliers do not spoil it. Equal points stay in index order. All coordinates must be finite.
-// Returns where each group ends.
+// Returns where each group ends; the number of threads changes nothing.
 template <class T>
-std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order);
+std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order, int threads);
 
 // Copies the valid ones of n points into arrays, with their row numbers, and returns how many.
 template <class T>
@@ -48,7 +48,7 @@ struct TreeQuery {
 template <class T>
 class Tree {
  public:
-  Tree(const T* rows, int64_t n);
+  Tree(const T* rows, int64_t n, int threads);
 
   // Stores the k smallest keys in order and returns how many there are. A key is (distance, row), or (row, row) if `by_row`.
   int64_t search(const TreeQuery<T>& query, int64_t k, Key<T>* best) const;
@@ -66,6 +66,28 @@ class Tree {
   Scratch<int32_t> row_;
 };
 
+// Trees over the clouds b for which pays(b), null for the others.
+template <class T>
+using Trees = std::vector<std::unique_ptr<Tree<T>>>;
+
+template <class T, class F>
+Trees<T> build_trees(const T* points, const Clouds& clouds, int threads, F&& pays) {
+  Trees<T> trees(static_cast<size_t>(clouds.batch));
+  std::vector<int64_t> large;
+  for (int64_t b = 0; b < clouds.batch; ++b)
+    if (pays(b)) large.push_back(b);
+  const auto count = static_cast<int64_t>(large.size());
+  // Few clouds: threads share each of them. Many: they share the batch.
+  const int inside = count < 2 * threads ? threads : 1;
+  parallel_for(inside > 1 ? 1 : threads, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = large[static_cast<size_t>(i)];
+      trees[static_cast<size_t>(b)] = std::make_unique<Tree<T>>(points + 3 * clouds.begin(b), clouds.size(b), inside);
+    }
+  });
+  return trees;
+}
+
 // Calls f(i) once for each of n rows: the invalid ones, then the others in spatial order, in which consecutive queries visit the same boxes.
 template <class T, class F>
 void in_spatial_order(const T* rows, int64_t n, F&& f) {
@@ -78,7 +100,7 @@ void in_spatial_order(const T* rows, int64_t n, F&& f) {
   const Soa<T> loaded{x.get(n + 1), y.get(n + 1), z.get(n + 1)};
   int32_t *numbers = valid.get(n + 1), *sorted = order.get(n);
   const int64_t count = load_valid(rows, n, loaded, numbers);
-  spatial_order(loaded, count, kLeafSize, sorted);
+  spatial_order(loaded, count, kLeafSize, sorted, 1);
   for (int64_t i = 0, next = 0; i < n; ++i) {
     if (next < count && numbers[next] == i) ++next;
     else f(i);

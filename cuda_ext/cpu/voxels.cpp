@@ -10,21 +10,12 @@
 namespace geossl {
 namespace {
 
-constexpr int64_t kGrain = int64_t{1} << 16;  // rows a thread is worth starting for
+constexpr int64_t kGrain = int64_t{1} << 15;  // rows a thread is worth starting for
 constexpr int64_t kChunk = 512;               // points whose coordinates stay in the first-level cache
 constexpr int64_t kTablePerRow = 4;           // keys per row up to which a table beats sorting
 constexpr int64_t kSmallTable = 4096;
 constexpr int64_t kAhead = 16;  // rows between asking for the place of a point and writing it
 constexpr int kDigit = 11;  // bits a pass of the radix sort
-
-int pieces_of(int threads, int64_t rows) { return static_cast<int>(std::clamp<int64_t>(rows / kGrain, 1, std::clamp(threads, 1, 64))); }
-
-template <class F>
-void for_pieces(int pieces, F&& f) {
-  parallel_for(pieces, pieces, 1, [&](int64_t p0, int64_t p1) {
-    for (int64_t p = p0; p < p1; ++p) f(static_cast<int>(p));
-  });
-}
 
 // Calls f(cloud, begin, end of its points, end of its rows) on the parts of clouds that lie in [r0, r1).
 template <class F>
@@ -488,7 +479,7 @@ Job make_job(int threads, int is_double, const void* points, const Clouds& cloud
   Job job{points, is_double != 0, clouds, {}, bounds, reinterpret_cast<const VoxelFrame*>(frames), order, first, total,
           std::max<int64_t>(cap, 1), clouds.batch > 0 ? clouds.rows() : 0, 1};
   std::memcpy(&job.grid, grid, sizeof job.grid);
-  job.pieces = pieces_of(threads, job.rows);
+  job.pieces = pieces_for(threads, job.rows, kGrain);
   return job;
 }
 

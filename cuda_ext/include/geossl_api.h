@@ -56,6 +56,19 @@ void parallel_for(int threads, int64_t n, int64_t grain, F&& f) {
              const_cast<void*>(static_cast<const void*>(std::addressof(f))));
 }
 
+// Into how many pieces of at least `grain` n items are cut, for work that goes through several stages of for_pieces.
+inline int pieces_for(int threads, int64_t n, int64_t grain) {
+  return static_cast<int>(std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, std::clamp(threads, 1, 64)));
+}
+
+// Calls f(piece) for every piece, each on a thread of its own.
+template <class F>
+void for_pieces(int pieces, F&& f) {
+  parallel_for(pieces, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) f(static_cast<int>(piece));
+  });
+}
+
 // Runs the body of an exported function and turns exceptions into status codes: none may cross the C interface.
 //   GEOSSL_API int geossl_fps_cpu(...) { return geossl::guarded([&] { ...; }); }
 template <class F>
