@@ -40,6 +40,11 @@ def points(
         any_channels: Take any number of columns, at least 1 and as many as ``like`` has, instead of 3.
         integers: Take int32 and int64 as well, as they are.
     """
+    if value.__class__ is Tensor and value.dtype is torch.float32 and value.dim() == (2 if packed else 3):
+        channels = value.shape[-1]
+        fits = like is None or (like.dtype is torch.float32 and like.device == value.device and like.shape[-1] == channels)
+        if fits and (channels == 3 or (any_channels and channels > 0)):
+            return value  # the usual case, soon over
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of coordinates, got {describe(value)}; convert it with torch.as_tensor")
     if value.dtype not in _FULL and not (integers and value.dtype in (torch.int32, torch.int64)):
