@@ -90,7 +90,14 @@ def _sum_fake(
 
 
 def _extreme_native(
-    kind: Any, x: Tensor, index: Tensor | None, row_splits: Tensor | None, order: Tensor | None, size: int, largest: bool, fill: float,
+    kind: Any,
+    x: Tensor,
+    index: Tensor | None,
+    row_splits: Tensor | None,
+    order: Tensor | None,
+    size: int,
+    largest: bool,
+    fill: float,
     with_arg: bool,
 ) -> tuple[Tensor, Tensor]:
     wide, index, row_splits, order = _prepare(x, index, row_splits, order)
