@@ -1,7 +1,7 @@
 """geossl: 3D and geometric self-supervised representation learning.
 
 The everyday calls live here; everything else is found in the sub-package named for it (``geossl.ops``, ``geossl.models``,
-``geossl.methods``, ``geossl.data``, ``geossl.evaluation``). Names are imported on first use, so ``import geossl`` is quick.
+``geossl.methods``, ``geossl.data``, ``geossl.evaluation``...). Both are imported on first use, so ``import geossl`` is quick.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ _LAZY = {
     "native_info": "geossl.ops",
 }
 
+_PACKAGES = ("adapters", "data", "engine", "evaluation", "geometry", "layers", "methods", "models", "ops", "tasks", "vis")
+
 __all__ = ["__version__", *sorted(_LAZY)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"geossl.{name}")
     if name not in _LAZY:
-        raise AttributeError(f"module 'geossl' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        offers = ", ".join((*__all__, *_PACKAGES))
+        raise AttributeError(f"module 'geossl' has no attribute {name!r}; it offers {offers}")
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_PACKAGES]

@@ -181,6 +181,15 @@ def measure(statement: str) -> dict:
     return json.loads(ran.stdout)
 
 
+def test_sub_packages_are_attributes_on_first_use():
+    """``import geossl`` and then ``geossl.ops.knn``, in a fresh interpreter, for all but the command line."""
+    code = "import geossl; print(*(geossl.__getattr__(name).__name__ for name in geossl._PACKAGES)); geossl.opps"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    parts = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "cli")
+    assert done.stdout.split() == [f"geossl.{name}" for name in parts], done.stderr
+    assert "no attribute 'opps'; it offers" in done.stderr
+
+
 def test_import_geossl_is_quick_and_brings_nothing_heavy():
     result = measure("import geossl, geossl.cli")
     assert result["seconds"] < 1.0
