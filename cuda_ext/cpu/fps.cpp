@@ -205,6 +205,7 @@ int64_t sample_in_buckets(const Soa<T>& p, const int32_t* id, int64_t n, const T
 
 // Whether buckets take less time than updating every point at every step; measured on one core with AVX-512.
 bool buckets_pay(int64_t n, int64_t k) {
+  if (n > kMaxCloud / 2) return false;  // with their padding, slots would not fit int32
   const auto points = static_cast<double>(n), picks = static_cast<double>(k);
   return picks * 0.14 * points > 60 * points + picks * (400 + 0.02 * points);
 }

@@ -9,12 +9,6 @@ namespace {
 
 constexpr int64_t kBytesPerThread = int64_t{1} << 20;  // moved memory that a thread is worth starting for
 
-GEOSSL_SIMD bool in_range(const int64_t* index, int64_t count, int64_t n) {
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < count; ++i) wrong |= (index[i] < -1) | (index[i] >= n);
-  return wrong == 0;
-}
-
 // out[row] += grad[entry], entry by entry, for a range of channels.
 template <class T>
 void add_rows(const T* grad, int64_t channels, const int64_t* index, int64_t entries, int64_t c0, int64_t c1, int64_t n, T* out) {

@@ -59,15 +59,9 @@ GEOSSL_SIMD void scatter(const float* grad, int64_t channels, const int64_t* ind
                          int64_t c0, int64_t c1, float* out) {
   scatter_loop(grad, channels, index, weight, queries, k, n, c0, c1, out);
 }
-void scatter(const double* grad, int64_t channels, const int64_t* index, const double* weight, int64_t queries, int64_t k,
-                         int64_t n, int64_t c0, int64_t c1, double* out) {
+void scatter(const double* grad, int64_t channels, const int64_t* index, const double* weight, int64_t queries, int64_t k, int64_t n,
+             int64_t c0, int64_t c1, double* out) {
   scatter_loop(grad, channels, index, weight, queries, k, n, c0, c1, out);
-}
-
-bool in_range(const int64_t* index, int64_t count, int64_t n) {
-  for (int64_t i = 0; i < count; ++i)
-    if (index[i] < -1 || index[i] >= n) return false;
-  return true;
 }
 
 }  // namespace

@@ -86,6 +86,9 @@ struct Soa {
 void split_axes(const float* rows, int64_t n, const Soa<float>& to);
 void split_axes(const double* rows, int64_t n, const Soa<double>& to);
 
+// Whether all indices lie in -1 .. n - 1.
+bool in_range(const int64_t* index, int64_t count, int64_t n);
+
 // How many of n points are nearer than the limit.
 template <class T>
 GEOSSL_INLINE int64_t count_within(const Soa<T>& p, int64_t n, const T* q, T limit) {

@@ -18,7 +18,8 @@ inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 256); byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte);
 }
 
-// Row e belongs to segment index[e] (negative: to none) or, without index, segment s has the rows splits[s] .. splits[s + 1].
+// Row e belongs to segment index[e] (negative: to none) or, without index, segment s has the rows splits[s] .. splits[s + 1]. With both, as in a
+// voxel map, splits tell how many rows segments have.
 template <class T>
 struct Rows {
   const T* x;
@@ -26,8 +27,8 @@ struct Rows {
   const int64_t *index, *splits;
   int64_t size;
 
-  // Calls body(row, segment) for the rows of segments s0 .. s1, in order. By index, a chunk's rows are first listed without a branch: which
-  // of them are of the range cannot be guessed.
+  // Calls body(row, segment) for the rows of segments s0 .. s1, in order. By index, a chunk's rows are first listed without a branch, unless
+  // the range has them all: which of them it has cannot be guessed.
   template <class F>
   GEOSSL_INLINE void each(int64_t s0, int64_t s1, const T* accumulators, F body) const {
     if (rows == 0) return;  // then torch's pointers may be null
@@ -36,20 +37,23 @@ struct Rows {
         for (int64_t e = splits[s]; e < splits[s + 1]; ++e) body(e, s);
       return;
     }
-    const int64_t bytes = channels * static_cast<int64_t>(sizeof(T)), rows_ahead = 1 + kBytesAhead / std::max<int64_t>(bytes, 1);
+    const int64_t width = F::kWidth ? F::kWidth : channels, bytes = width * static_cast<int64_t>(sizeof(T));
+    const int64_t rows_ahead = 1 + kBytesAhead / std::max<int64_t>(bytes, 1);
     int32_t listed[kChunk];
+    const bool all = s0 == 0 && s1 == size;
+    for (int32_t i = 0; i < kChunk; ++i) listed[i] = i;
     for (int64_t first = 0; first < rows; first += kChunk) {
       const auto count = static_cast<int32_t>(std::min<int64_t>(kChunk, rows - first));
-      int64_t found = 0;
-      for (int32_t i = 0; i < count; ++i) {
+      int64_t found = all ? count : 0;
+      for (int32_t i = 0; !all && i < count; ++i) {
         listed[found] = i;
         found += static_cast<uint64_t>(index[first + i] - s0) < static_cast<uint64_t>(s1 - s0);
       }
       for (int64_t k = 0; k < found; ++k) {
-        const int64_t e = first + listed[k];
-        prefetch_row(accumulators + index[first + listed[std::min(k + kAhead, found - 1)]] * channels, bytes);
-        prefetch_row(x + std::min(e + rows_ahead, rows - 1) * channels, bytes);
-        body(e, index[e]);
+        const int64_t e = first + listed[k], s = index[e];
+        prefetch_row(accumulators + index[first + listed[std::min(k + kAhead, found - 1)]] * width, bytes);
+        prefetch_row(x + std::min(e + rows_ahead, rows - 1) * width, bytes);
+        if (static_cast<uint64_t>(s) < static_cast<uint64_t>(size)) body(e, s);
       }
     }
   }
@@ -58,6 +62,7 @@ struct Rows {
 // kFixed: the number of channels where it is known, so that a row is a few vector instructions; else 0.
 template <int kFixed, class T>
 struct AddRow {
+  static constexpr int kWidth = kFixed;
   const T* x;
   T* out;
   int64_t* count;
@@ -74,10 +79,11 @@ struct AddRow {
 template <class T>
 GEOSSL_INLINE void sum(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) {
   std::fill(out + s0 * r.channels, out + s1 * r.channels, T(0));
-  if (count) std::fill(count + s0, count + s1, 0);
-  if (r.channels == 32) r.each(s0, s1, out, AddRow<32, T>{r.x, out, count, r.channels});
-  else if (r.channels == 64) r.each(s0, s1, out, AddRow<64, T>{r.x, out, count, r.channels});
-  else r.each(s0, s1, out, AddRow<0, T>{r.x, out, count, r.channels});
+  for (int64_t s = s0; count && s < s1; ++s) count[s] = r.splits ? r.splits[s + 1] - r.splits[s] : 0;
+  int64_t* counted = r.splits ? nullptr : count;
+  if (r.channels == 32) r.each(s0, s1, out, AddRow<32, T>{r.x, out, counted, r.channels});
+  else if (r.channels == 64) r.each(s0, s1, out, AddRow<64, T>{r.x, out, counted, r.channels});
+  else r.each(s0, s1, out, AddRow<0, T>{r.x, out, counted, r.channels});
   if (!count) return;
   for (int64_t s = s0; s < s1; ++s)
     for (int64_t c = 0; c < r.channels && count[s] > 1; ++c) out[s * r.channels + c] /= static_cast<T>(count[s]);
@@ -91,6 +97,7 @@ GEOSSL_INLINE bool better(T value, T best) {
 
 template <bool largest, class T, class A>
 struct KeepBest {
+  static constexpr int kWidth = 0;
   const T* x;
   T* out;
   A* arg;  // null: not wanted
@@ -126,6 +133,7 @@ GEOSSL_INLINE void extreme(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* 
 
 template <class T>
 struct AddExponential {
+  static constexpr int kWidth = 0;
   const T *x, *shift;
   T *total, *out;  // out: null for sums alone
   int64_t channels;
@@ -148,6 +156,7 @@ struct AddExponential {
 
 template <class T>
 struct DivideRow {
+  static constexpr int kWidth = 0;
   const T* total;
   T* out;
   int64_t channels;
@@ -196,23 +205,18 @@ CLONES(GEOSSL_SIMD, float, int32_t)
 CLONES(, double, int64_t)
 #undef CLONES
 
-GEOSSL_SIMD bool in_range(const int64_t* index, int64_t count, int64_t n) {
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < count; ++i) wrong |= (index[i] < -1) | (index[i] >= n);
-  return wrong == 0;
-}
-
 bool valid(int64_t rows, int64_t channels, const int64_t* index, const int64_t* splits, int64_t size) {
   if (rows < 0 || channels < 0 || size < 0) return false;
-  if (index || !splits) return in_range(index, rows, size);
-  return splits[0] == 0 && splits[size] == rows && std::is_sorted(splits, splits + size + 1);
+  if (!splits) return in_range(index, rows, size);
+  if (!std::is_sorted(splits, splits + size + 1)) return false;
+  return index || (splits[0] == 0 && splits[size] == rows);  // with both, rows that are in no range of segments are passed over
 }
 
 // Calls f(s0, s1) on ranges of segments; of equally many rows, where splits tell how many there are.
 template <class T, class F>
 void split_segments(int threads, const Rows<T>& r, F&& f) {
   const int64_t bytes = r.rows * r.channels * static_cast<int64_t>(sizeof(T));
-  const int64_t pieces = std::clamp<int64_t>(std::min(bytes / kBytesPerThread, r.size), 1, std::max(threads, 1));
+  const int64_t pieces = std::clamp<int64_t>(r.size, 1, pieces_of(threads, bytes, kBytesPerThread));
   const auto begin = [&](int64_t piece) {
     if (!r.splits || piece == 0 || piece == pieces) return piece * r.size / pieces;
     return std::lower_bound(r.splits, r.splits + r.size, piece * r.splits[r.size] / pieces) - r.splits;

@@ -77,7 +77,7 @@ class Grouping {
       for (int64_t i = begin; i < end; i += largest_) ends.push_back(static_cast<int32_t>(std::min(i + largest_, end)));
       return;
     }
-    const int pieces = pieces_for(threads, n, kGrain);
+    const int pieces = static_cast<int>(pieces_of(threads, n, kGrain));
     Scratch<Coded> memory[2];
     Coded *items = memory[0].get(n), *other = memory[1].get(n);
     std::vector<Digits> count(static_cast<size_t>(pieces));

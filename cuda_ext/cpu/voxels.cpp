@@ -479,7 +479,7 @@ Job make_job(int threads, int is_double, const void* points, const Clouds& cloud
   Job job{points, is_double != 0, clouds, {}, bounds, reinterpret_cast<const VoxelFrame*>(frames), order, first, total,
           std::max<int64_t>(cap, 1), clouds.batch > 0 ? clouds.rows() : 0, 1};
   std::memcpy(&job.grid, grid, sizeof job.grid);
-  job.pieces = pieces_for(threads, job.rows, kGrain);
+  job.pieces = static_cast<int>(pieces_of(threads, job.rows, kGrain));
   return job;
 }
 

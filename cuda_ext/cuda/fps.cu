@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) sample_in_registers(Job<T> job) {
 
 // One launch per pick -------------------------------------------------------------------------------------------------------------------
 
-constexpr int kStepThreads = 256, kMaxParts = 256;  // parts of a cloud; _WORKSPACE in geossl/ops/fps.py counts on it
+constexpr int kStepThreads = 256, kMaxParts = 256;  // parts of a cloud; _run in geossl/ops/fps.py counts on it
 
 template <class T>
 struct Part {

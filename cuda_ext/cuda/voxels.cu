@@ -1,5 +1,4 @@
-// Voxels on the GPU: a key per point, sorted stably by geossl_sort_pairs_cuda, then the voxels are the runs of equal keys. Features are added
-// up by one thread per voxel and channel over the voxel's points in order, so that neighbouring threads read neighbouring channels.
+// Voxels on the GPU: a key per point, sorted stably by geossl_sort_pairs_cuda, then the voxels are the runs of equal keys.
 #include "voxels.h"
 
 #include "warp.cuh"

@@ -9,7 +9,7 @@
 
 // Raise it whenever an exported function changes its arguments or meaning, together with ABI_VERSION in
 // geossl/ops/_native.py: a library left over from before is then refused with a clear message.
-#define GEOSSL_ABI_VERSION 2
+#define GEOSSL_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define GEOSSL_API extern "C" __declspec(dllexport)
@@ -40,6 +40,9 @@ enum GeosslStatus : int {
 
 namespace geossl {
 
+// Into how many pieces of at least `grain` n items are cut, at most one per thread.
+int64_t pieces_of(int threads, int64_t n, int64_t grain);
+
 // Calls piece(context, begin, end) on that many contiguous pieces of [0, n), each on a thread of its own (cpu/threads.cpp).
 void run_pieces(int64_t pieces, int64_t n, void (*piece)(void* context, int64_t begin, int64_t end), void* context);
 
@@ -51,14 +54,8 @@ template <class F>
 void parallel_for(int threads, int64_t n, int64_t grain, F&& f) {
   using Body = std::remove_reference_t<F>;
   if (n <= 0) return;
-  const int64_t pieces = std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, std::max(threads, 1));
-  run_pieces(pieces, n, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
+  run_pieces(pieces_of(threads, n, grain), n, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
              const_cast<void*>(static_cast<const void*>(std::addressof(f))));
-}
-
-// Into how many pieces of at least `grain` n items are cut, for work that goes through several stages of for_pieces.
-inline int pieces_for(int threads, int64_t n, int64_t grain) {
-  return static_cast<int>(std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, std::clamp(threads, 1, 64)));
 }
 
 // Calls f(piece) for every piece, each on a thread of its own.

@@ -6,6 +6,8 @@ Functions used by the public operators look at shapes, types and devices only, s
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 import os
 from typing import Any
@@ -92,6 +94,27 @@ def positive(op: str, name: str, given: Any) -> int:
     return value
 
 
+def radius(op: str, value: Any) -> float:
+    """Check a radius and return it as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: radius must be a number, got {describe(value)}")
+    if not value > 0:
+        raise ValueError(f"{op}: radius must be positive (inf is allowed), got {value}")
+    return float(value)
+
+
+def radius_or_radii(op: str, value: Any, query: Tensor) -> tuple[float, Tensor | None]:
+    """Check one radius for all queries or one for each; return the first, inf if there are several, and the others."""
+    if not isinstance(value, Tensor):
+        return radius(op, value), None
+    if value.shape != query.shape[:-1] or not value.is_floating_point():
+        raise ValueError(
+            f"{op}: radius must be a number or a floating tensor with one radius per query, {list(query.shape[:-1])}; got {describe(value)}"
+        )
+    same_device(op, "radius", value, query)
+    return math.inf, value.detach()
+
+
 def integers(op: str, name: str, value: Any, size: int, like: Tensor, what: str) -> Tensor:
     """Check an integer tensor ``[size]`` on the device of the points and return it as contiguous int64."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
@@ -128,6 +151,15 @@ def batching(
 def read_values(tensor: Tensor) -> bool:
     """Return whether the values of arguments on this tensor's device are checked."""
     return not tensor.is_cuda or os.environ.get("GEOSSL_CHECKS", "0") not in ("", "0")
+
+
+def radii_values(op: str, radii: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Check that all radii are positive; return them contiguous, in the type of the points."""
+    if radii is None:
+        return None
+    if read_values(radii) and not bool((radii > 0).all()):
+        raise ValueError(f"{op}: radius must be positive for every query, got {radii[~(radii > 0)].flatten()[0].item()}")
+    return radii.to(dtype).contiguous()
 
 
 def offset_values(op: str, offsets: Tensor, rows: int, prefix: str = "") -> Tensor:

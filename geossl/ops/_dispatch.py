@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from geossl.ops import _native
 
@@ -68,10 +69,12 @@ def define(
         for device in ("cpu", "cuda"):
             torch.library.register_autocast(f"geossl::{name}", device, autocast, lib=LIBRARY)
     registered = getattr(torch.ops.geossl, name).default
-    if not direct:
-        return registered
 
     def call(first: Tensor, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, (first, *args))
+        if not direct:
+            return registered(first, *args)
         plain = not torch.compiler.is_compiling() and first.__class__ is Tensor and first.is_cpu and _forced is None
         if plain and not _listening() and _native.available("cpu"):
             return native("cpu", first, *args)
@@ -80,10 +83,21 @@ def define(
     return call
 
 
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raise for forward-mode derivatives, of which torch would return none in silence."""
+    for value in args:
+        if isinstance(value, Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"geossl::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, dual_level): use reverse mode (torch.func.vjp, "
+                "jacrev, backward), or detach its inputs"
+            )
+
+
 def _listening() -> bool:
-    """Return whether tracing (fake tensors, make_fx), a functional transform (vmap, grad) or a profiler must see every call."""
+    """Return whether tracing (jit, fake tensors, make_fx), a functional transform (vmap, grad) or a profiler must see every call."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
     )

@@ -33,7 +33,7 @@ from geossl.errors import ExtensionError
 
 Kind = Literal["cpu", "cuda"]
 
-ABI_VERSION = 2  # GEOSSL_ABI_VERSION in cuda_ext/include/geossl_api.h; raise both together
+ABI_VERSION = 3  # GEOSSL_ABI_VERSION in cuda_ext/include/geossl_api.h; raise both together
 
 # Argument types of exported functions, by the names C gives them.
 PTR = ctypes.c_void_p

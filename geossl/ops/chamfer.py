@@ -181,7 +181,8 @@ def _distance(
         return loss.sum()
     if weights is None:
         return loss.mean()
-    return loss.sum() / weights.sum().clamp(min=torch.finfo(loss.dtype).tiny)
+    total = weights.sum()
+    return torch.where(total > 0, loss.sum() / torch.where(total > 0, total, 1.0), 0.0)
 
 
 def chamfer_distance(
@@ -222,7 +223,8 @@ def chamfer_distance(
     Returns:
         The distance, a scalar or ``[B]``, in float32 or float64. Differentiable in ``x``, ``y`` (twice) and ``weights``; the gradient is
         deterministic, and 0 at distance 0. Points with a NaN or infinite coordinate are left out, of the means too. If either cloud of
-        a pair has no valid point, the pair contributes 0 and counts as a pair.
+        a pair has no valid point, the pair contributes 0 and counts as a pair. A point is left out as well if its squared distance from
+        all points of the other cloud overflows (beyond 1.8e19 in float32); ``norm="l1"`` does not square.
 
     Raises:
         ValueError: a shape, device or value is wrong; TypeError: a type is. Values on CUDA are only checked with ``GEOSSL_CHECKS=1``.
@@ -268,6 +270,9 @@ def chamfer_distance_packed(
         A scalar or ``[B]``; differentiable as :func:`chamfer_distance`.
     """
     op = "chamfer_distance_packed"
+    for name, offsets in (("x_offsets", x_offsets), ("y_offsets", y_offsets)):
+        if offsets is None:
+            raise ValueError(f"{op}: {name} must be an int64 tensor [B + 1], got None; padded clouds go to chamfer_distance")
     x = _checks.points(op, "x", x, True, any_channels=True)
     y = _checks.points(op, "y", y, True, like=x, any_channels=True)
     _, x_offsets = _checks.batching(op, x, None, x_offsets, "x_")  # type: ignore[assignment]

@@ -99,7 +99,7 @@ def _packed_sizes(
             raise ValueError(f"{_OP}: k must not be negative, got {min(wanted)} for cloud {wanted.index(min(wanted))}")
     elif ratio > 0:
         # The tolerance keeps ratio * n from being rounded up past a whole number: 0.1 of 30 points are 3.
-        wanted = [math.ceil(ratio * size - 1e-9) for size in sizes]
+        wanted = [math.ceil(ratio * size * (1 - 1e-12)) for size in sizes]
     else:
         wanted = [k] * len(sizes)
     return sizes, [min(pair) for pair in zip(sizes, wanted, strict=True)]

@@ -14,9 +14,9 @@ from geossl.ops.reference import grouping as reference
 
 # row_bytes, features, n, batch, index, entries per cloud, fill row, out
 _group_c = _dispatch.functions("group", INT64, PTR, INT64, INT64, PTR, INT64, PTR, PTR)
-# dtype, grad, channels, n, batch, index, entries per cloud, order, starts, out
 # dtype, points, n, batch, centers, queries, features, channels, index, k, radius, out
 _relative_c = _dispatch.functions("group_relative", INT, PTR, INT64, INT64, PTR, INT64, PTR, INT64, PTR, INT64, DOUBLE, PTR)
+# dtype, grad, channels, n, batch, index, entries per cloud, order, starts, out
 _backward_c = _dispatch.functions("group_backward", INT, PTR, INT64, INT64, INT64, PTR, INT64, PTR, PTR, PTR)
 
 
@@ -260,6 +260,7 @@ def group_relative(
             )
         _checks.same_device(op, "features", features, points)
         features = features.to(points.dtype)
-    if radius is not None and (isinstance(radius, bool) or not isinstance(radius, (int, float)) or not 0 < radius < math.inf):
-        raise ValueError(f"{op}: radius must be a positive number or None, got {_checks.describe(radius)}")
-    return _group_relative(points, centers, index, features, 0.0 if radius is None else float(radius))
+    divisor = 0.0 if radius is None else _checks.radius(op, radius)
+    if radius is not None and not torch.finfo(points.dtype).tiny <= divisor < math.inf:
+        raise ValueError(f"{op}: radius must be finite and not underflow in {points.dtype}, got {radius}; without it, pass None")
+    return _group_relative(points, centers, index, features, divisor)

@@ -173,6 +173,7 @@ def three_nn_interpolate(
     op = "three_nn_interpolate"
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < float("inf"):
         raise ValueError(f"{op}: eps must be a positive number, got {_checks.describe(eps)}")
+    points = _checks.points(op, "points", points, offsets is not None)
     if not isinstance(features, Tensor) or features.shape[:-1] != points.shape[:-1]:
         raise ValueError(f"{op}: features must have one row per point, {[*points.shape[:-1], 'C']}, got {_checks.describe(features)}")
     near = knn(

@@ -118,8 +118,7 @@ def _ball_native(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, points = query.contiguous(), points.contiguous()
     batching = _batching("ball_query", query, points, query_lengths, lengths, query_offsets, offsets)
-    _check_radii(radii)
-    radii = None if radii is None else radii.to(query.dtype).contiguous()
+    radii = _checks.radii_values("ball_query", radii, query.dtype)
     index, distance, count = _ball_fake(query, points, k)
     if kind == "cuda" and _tree.pays(query, points, k, batching[3]):
         _tree.search(query, points, k, *batching, radius, radii, False, first, repeat, distance, index, count)
@@ -133,7 +132,7 @@ def _ball_native(
 
 def _ball_twin(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     _batching("ball_query", query, points, *rest[:4])
-    _check_radii(rest[5])
+    _checks.radii_values("ball_query", rest[5], query.dtype)
     return reference.ball_query(query, points, k, *rest)
 
 
@@ -141,12 +140,6 @@ def _ball_fake(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tenso
     shape = query.shape[:-1]
     index, count = query.new_empty(*shape, k, dtype=torch.int64), query.new_empty(*shape, dtype=torch.int64)
     return index, query.new_empty(*shape, k), count
-
-
-def _check_radii(radii: Tensor | None) -> None:
-    if radii is not None and _checks.read_values(radii) and not bool((radii > 0).all()):
-        wrong = radii[~(radii > 0)].flatten()[0].item()
-        raise ValueError(f"ball_query: radius must be positive for every query, got {wrong}")
 
 
 _ball_query = _dispatch.define(
@@ -292,21 +285,13 @@ def knn(
     query, points, query_lengths, lengths, query_offsets, offsets = _check_clouds(
         "knn", query, points, query_lengths, lengths, query_offsets, offsets
     )
-    limit = math.inf if radius is None else _check_radius("knn", radius)
+    limit = math.inf if radius is None else _checks.radius("knn", radius)
     distance, index = _knn(
         query, points, _checks.positive("knn", "k", k), query_lengths, lengths, query_offsets, offsets, limit, bool(exclude_self)
     )
     if _needs_grad(query, points):
         distance = _distance(query, points, index)
     return Neighbors(distance, index)
-
-
-def _check_radius(op: str, radius: float) -> float:
-    if isinstance(radius, Tensor) or not isinstance(radius, (int, float)):
-        raise TypeError(f"{op}: radius must be a number, got {_checks.describe(radius)}")
-    if not radius > 0:
-        raise ValueError(f"{op}: radius must be positive (inf is allowed), got {radius}")
-    return float(radius)
 
 
 def ball_query(
@@ -355,16 +340,7 @@ def ball_query(
     query, points, query_lengths, lengths, query_offsets, offsets = _check_clouds(
         "ball_query", query, points, query_lengths, lengths, query_offsets, offsets
     )
-    if isinstance(radius, Tensor):
-        if radius.shape != query.shape[:-1] or not radius.is_floating_point():
-            raise ValueError(
-                f"ball_query: radius must be a number or a floating tensor with one radius per query, {list(query.shape[:-1])}; "
-                f"got {_checks.describe(radius)}"
-            )
-        _checks.same_device("ball_query", "radius", radius, points)
-        limit, radii = math.inf, radius.detach()
-    else:
-        limit, radii = _check_radius("ball_query", radius), None
+    limit, radii = _checks.radius_or_radii("ball_query", radius, query)
     if mode not in ("nearest", "first"):
         raise unknown_name("ball_query mode", mode, ("nearest", "first"))
     if fill not in ("pad", "repeat"):

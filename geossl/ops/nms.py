@@ -126,10 +126,7 @@ def centrality_nms(
     packed = offsets is not None
     points = _checks.points(_OP, "points", points, packed, integers=True)
     lengths, offsets = _checks.batching(_OP, points, lengths, offsets)
-    if isinstance(radius, bool) or not isinstance(radius, (int, float)):
-        raise TypeError(f"{_OP}: radius must be a number, got {_checks.describe(radius)}")
-    if not radius > 0:
-        raise ValueError(f"{_OP}: radius must be positive (inf is allowed), got {radius}")
+    radius = _checks.radius(_OP, radius)
     limit = 0
     if not points.is_floating_point():
         if radius > _LARGEST_STEP:
@@ -140,7 +137,7 @@ def centrality_nms(
         if max_neighbors is None
         else min(_checks.positive(_OP, "max_neighbors", max_neighbors), _checks.LARGEST_CLOUD)
     )
-    keep, count = _centrality_nms(points.detach(), lengths, offsets, float(radius), limit, cap)
+    keep, count = _centrality_nms(points.detach(), lengths, offsets, radius, limit, cap)
     before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.flatten().cumsum(0)])
     if offsets is not None:
         return CentralityNMS(keep.nonzero()[:, 0], before[offsets], keep, count)

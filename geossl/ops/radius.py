@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from geossl.ops import _checks, _dispatch
 from geossl.ops._native import DOUBLE, INT, INT64, PTR
 from geossl.ops.grouping import group
-from geossl.ops.neighbors import _batching, _check_clouds, _check_radius, _clouds, _distance, _needs_grad
+from geossl.ops.neighbors import _batching, _check_clouds, _clouds, _distance, _needs_grad
 from geossl.ops.reference import neighbors as reference
 
 _OP = "radius_search"
@@ -42,8 +41,7 @@ def _native(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, points = query.contiguous(), points.contiguous()
     batching = _batching(_OP, query, points, query_lengths, lengths, query_offsets, offsets)
-    _check_radii(radii)
-    radii = None if radii is None else radii.to(query.dtype).contiguous()
+    radii = _checks.radii_values(_OP, radii, query.dtype)
     arguments = (
         *_dispatch.place(kind, query), query.dtype == torch.float64, *_clouds(query, points, *batching), radius,
         _dispatch.pointer(radii), exclude_self,
@@ -59,7 +57,7 @@ def _native(
 
 def _twin(query: Tensor, points: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     _batching(_OP, query, points, *rest[:4])
-    _check_radii(rest[5])
+    _checks.radii_values(_OP, rest[5], query.dtype)
     return reference.radius_search(query, points, *rest)
 
 
@@ -67,12 +65,6 @@ def _fake(query: Tensor, points: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
     rows = query.shape[0] if query.dim() == 2 else query.shape[0] * query.shape[1]
     total = torch.library.get_ctx().new_dynamic_size()
     return query.new_empty(rows + 1, dtype=torch.int64), query.new_empty(total, dtype=torch.int64), query.new_empty(total)
-
-
-def _check_radii(radii: Tensor | None) -> None:
-    if radii is not None and _checks.read_values(radii) and not bool((radii > 0).all()):
-        wrong = radii[~(radii > 0)].flatten()[0].item()
-        raise ValueError(f"{_OP}: radius must be positive for every query, got {wrong}")
 
 
 _radius_search = _dispatch.define(
@@ -139,16 +131,7 @@ def radius_search(
     query, points, query_lengths, lengths, query_offsets, offsets = _check_clouds(
         _OP, query, points, query_lengths, lengths, query_offsets, offsets
     )
-    if isinstance(radius, Tensor):
-        if radius.shape != query.shape[:-1] or not radius.is_floating_point():
-            raise ValueError(
-                f"{_OP}: radius must be a number or a floating tensor with one radius per query, {list(query.shape[:-1])}; "
-                f"got {_checks.describe(radius)}"
-            )
-        _checks.same_device(_OP, "radius", radius, points)
-        limit, radii = math.inf, radius.detach()
-    else:
-        limit, radii = _check_radius(_OP, radius), None
+    limit, radii = _checks.radius_or_radii(_OP, radius, query)
     row_splits, index, distance = _radius_search(
         query, points, query_lengths, lengths, query_offsets, offsets, limit, radii, bool(exclude_self)
     )

@@ -38,9 +38,9 @@ def _check_values(x: Tensor, index: Tensor | None, row_splits: Tensor | None, si
     if index is not None:
         low, high = (int(value) for value in torch.aminmax(index)) if index.numel() else (-1, -1)
         if low < -1 or high >= size:
+            op = "scatter_reduce" if row_splits is None else "voxel_reduce"
             raise ValueError(
-                f"scatter_reduce: index must lie between -1 (row left out) and {size - 1}, as dim_size is {size}; "
-                f"got {low if low < -1 else high}"
+                f"{op}: index must lie between -1 (row left out) and {size - 1}, as dim_size is {size}; got {low if low < -1 else high}"
             )
     elif row_splits is not None:
         first, last, rows = int(row_splits[0]), int(row_splits[-1]), x.shape[0]

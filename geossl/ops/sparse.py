@@ -66,6 +66,8 @@ class _Grid:
 
     def __init__(self, coords: Tensor, reach: list[int], shrinks: bool) -> None:
         low, high = ([int(v) for v in bound] for bound in torch.aminmax(coords.long(), dim=0)) if len(coords) else ([0] * 4, [0] * 4)
+        if min(low) < _INT32[0] or max(high) > _INT32[1]:
+            raise ValueError(f"{_OP}: coords must lie in the range of int32, but they go from {low} to {high}")
         room = [0, *reach]
         self.low = [a - r for a, r in zip(low, room, strict=True)]
         self.extent = [b - a + 1 + 2 * r for a, b, r in zip(low, high, room, strict=True)]
@@ -221,5 +223,5 @@ def neighbor_map(
     )
     index, out = _neighbor_map(coords, kernel, steps, spread)
     offsets = list(itertools.product(*(_axis_offsets(size, d) for size, d in zip(kernel, spread, strict=True))))
-    narrow = coords if coords.dtype == torch.int32 else coords.int()
-    return NeighborMap(index, narrow if all(s == 1 for s in steps) else out.int(), torch.tensor(offsets, device=coords.device))
+    submanifold = all(step == 1 for step in steps)
+    return NeighborMap(index, (coords if submanifold else out).int(), torch.tensor(offsets, device=coords.device))

@@ -13,6 +13,7 @@ from geossl.errors import unknown_name
 from geossl.ops import _checks, _dispatch, _native
 from geossl.ops._native import INT, INT64, PTR
 from geossl.ops.grouping import group
+from geossl.ops.interpolation import interpolate
 from geossl.ops.reference import voxels as reference
 from geossl.ops.segments import reduce_rows
 
@@ -439,8 +440,8 @@ def devoxelize(
         offsets: Where packed clouds begin and end, ``[B + 1]``, for "trilinear".
 
     Returns:
-        ``[B, N, C]`` or ``[M, C]`` of the type of ``voxel_features``. Differentiable in ``voxel_features``, also twice, with gradients that
-        are summed in a fixed order; not in ``points``.
+        ``[B, N, C]`` or ``[M, C]`` of the type of ``voxel_features``, blended in float32 for half types. Differentiable in
+        ``voxel_features``, also twice, with gradients that are summed in a fixed order; not in ``points``.
 
     Raises:
         TypeError, ValueError: features or points do not fit the map or the mode.
@@ -461,8 +462,4 @@ def devoxelize(
     lengths, offsets = _checks.batching("devoxelize", points, lengths, offsets)
     grid = list(voxel_map.voxel_size), list(voxel_map.origin)
     index, weight = _corners(points.detach(), lengths, offsets, voxel_map.coords, *grid)
-    out = torch.zeros((), dtype=voxel_features.dtype, device=voxel_features.device)
-    # One after the other: eight gathered copies would take eight times the memory.
-    for corner, share in zip(index.unbind(-1), weight.to(voxel_features.dtype).unsqueeze(-1).unbind(-2), strict=True):
-        out = out + share * group(voxel_features, corner)
-    return out
+    return interpolate(voxel_features, index, weight)

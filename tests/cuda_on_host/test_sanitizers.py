@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,19 @@ def run_driver(mode: str, seed: int) -> None:
     assert "all equal" in done.stdout
 
 
+def test_drivers_call_every_launcher():
+    """What a library exports is named in a driver, apart from what only tells about it."""
+    exported = set()
+    for path in (ROOT / "cuda_ext").glob("c*/*.c*"):
+        exported |= set(re.findall(r"GEOSSL_API [\w *]*?\b(geossl_\w+)\(", path.read_text()))
+    drivers = "".join(path.read_text() for path in HERE.glob("drive*.cpp"))
+    called = set(re.findall(r"geossl_\w+", drivers))
+    called |= {f"geossl_{name}_{kind}" for name in re.findall(r"BOTH\((\w+)", drivers) for kind in ("cpu", "cuda")}
+    tells = {name for name in exported if not name.endswith(("_cpu", "_cuda"))}
+    assert exported - called - tells == set()
+    assert len(exported) > 40
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_kernels_agree_in_every_schedule(seed):
     run_driver("plain", seed)
@@ -58,7 +72,8 @@ def test_python_wrappers_under_address_sanitizer():
         PYTHONPATH=str(ROOT),
         PYTHONMALLOC="malloc",
     )
-    tests = [ROOT / "tests" / "ops" / "test_matrix.py", ROOT / "tests" / "ops" / "test_large.py", "-k", "uniform or schedule or variant"]
+    files = [ROOT / "tests" / "ops" / name for name in ("test_matrix.py", "test_large.py", "test_voxels.py", "test_segments.py")]
+    tests = [*files, "-k", "uniform or schedule or variant or reduce_agrees or backends_agree"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)],
         env=env,

@@ -36,6 +36,13 @@ def load_module(path: Path) -> ModuleType:
 build_host = load_module(Path(__file__).parents[1] / "cuda_on_host" / "build_host.py")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def several_threads_for_any_size() -> None:
+    """With more than one thread, CPU kernels start them all, also for inputs as small as those of these tests."""
+    if _native.available("cpu"):
+        _native.function("cpu", "geossl_divide_grain_cpu", _native.INT64)(2**40)
+
+
 @pytest.fixture(scope="session")
 def host_library() -> Path:
     """The CUDA kernels for the CPU; ``GEOSSL_TEST_HOST_LIBRARY`` names another build of them (with a sanitizer)."""

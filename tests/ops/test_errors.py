@@ -49,6 +49,9 @@ CASES = [
     (lambda: knn(F, F, 2, offsets=OFF), ValueError, "query_offsets is missing"),
     (lambda: knn(F, F, 2, query_offsets=OFF), ValueError, "knn: packed clouds need both query_offsets and offsets, but offsets is missing"),
     (lambda: knn(F, F, 2, offsets=OFF, query_offsets=OFF[1:] - 4), ValueError, "same length"),
+    (lambda: packed(F, None, F, OFF), ValueError, r"x_offsets must be an int64 tensor \[B \+ 1\], got None; padded clouds go to"),
+    (lambda: packed(F, OFF, F, None), ValueError, "y_offsets must be an int64 tensor"),
+    (lambda: ops.three_nn_interpolate(P, P.tolist(), P), TypeError, "three_nn_interpolate: points must be a tensor"),
     # Sampling.
     (lambda: fps(P, 2, start=8), ValueError, r"it is 8 for cloud 0, which has 8 points \(rows 0 to 7\)"),
     (lambda: fps(P, 2, start=torch.tensor([0, -1])), ValueError, "it is -1 for cloud 1"),
@@ -76,6 +79,7 @@ CASES = [
     (lambda: ops.radius_search(P, F, 1.0), ValueError, r"points must be \[B, N, 3\]"),
     (lambda: ops.radius_search(P, P, 1.0, lengths=torch.tensor([1, 9])), ValueError, "radius_search: lengths must lie between 0 and 8"),
     # Suppression.
+    (lambda: ball(P, P, True, 2), TypeError, "ball_query: radius must be a number, got bool True"),
     (lambda: nms(P, 0.0), ValueError, "centrality_nms: radius must be positive"),
     (lambda: nms(P, torch.ones(2)), TypeError, "centrality_nms: radius must be a number"),
     (lambda: nms(P, 1.0, max_neighbors=0), ValueError, "max_neighbors must be at least 1, got 0"),
@@ -103,7 +107,8 @@ CASES = [
         ValueError,
         r"features must be floating with one row per point, \[12, 'C'\]",
     ),
-    (lambda: relative(F, F, torch.zeros(12, 1).long(), radius=0), ValueError, "radius must be a positive number or None, got int 0"),
+    (lambda: relative(F, F, torch.zeros(12, 1).long(), radius=0), ValueError, "group_relative: radius must be positive"),
+    (lambda: relative(F, F, torch.zeros(12, 1).long(), radius=1e-60), ValueError, "not underflow in torch.float32, got 1e-60"),
     # Interpolation.
     (lambda: ops.interpolate(F, torch.tensor([[12]]), torch.ones(1, 1)), ValueError, "interpolate: index must lie .* got 12"),
     (lambda: ops.interpolate(F, torch.tensor([[1]]), torch.ones(1, 2)), ValueError, r"weight must be floating with one number per index"),

@@ -157,3 +157,34 @@ def test_no_gradient_is_recorded_where_none_is_asked_for():
     assert not ops.knn(points, points, 2).index.requires_grad
     assert not ops.farthest_point_sample(points, 2).requires_grad
     assert ops.knn(points.detach(), points, 2).distance.requires_grad
+
+
+FORWARD_MODE = {
+    "group": lambda x: ops.group(x, torch.zeros(2, 5).long()),
+    "knn": lambda x: ops.knn(x, x, 2).distance,
+    "chamfer": lambda x: ops.chamfer_distance(x, x + 1),
+    "fps": lambda x: ops.farthest_point_sample(x, 2).float(),
+    "segment": lambda x: ops.scatter_reduce(x[0], torch.zeros(5).long(), 2, "sum"),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_is_refused(backend, name):
+    """Torch would return no tangent, or zeros, in silence."""
+    function, x = FORWARD_MODE[name], torch.rand(2, 5, 3)
+    with pytest.raises(NotImplementedError, match=r"has no forward-mode derivative .* use reverse mode"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            function(dual)
+        function(x)  # without a tangent there is nothing to lose
+
+
+def test_weights_that_cancel_give_zero(backend):
+    x, y = torch.rand(2, 5, 3), torch.rand(2, 4, 3)
+    for weights in ((1.0, -1.0), (-1.0, -1.0), (0.0, 0.0)):
+        w = torch.tensor(weights, requires_grad=True)
+        loss = ops.chamfer_distance(x, y, weights=w)
+        assert loss == 0
+        assert torch.autograd.grad(loss, w)[0].isfinite().all()

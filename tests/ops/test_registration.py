@@ -150,7 +150,7 @@ def test_opcheck(name):
 
 
 class Everything(torch.nn.Module):
-    """A module that calls every padded operator, one after the other."""
+    """A module that calls the operators of a point network, one after the other."""
 
     def forward(self, points: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         picked = ops.farthest_point_sample(points, 4)
@@ -290,3 +290,10 @@ def test_calls_are_cheap():
     for _ in range(200):
         ops.knn(points, points, 2)
     assert time.process_time() - begin < 200 * 500e-6
+
+
+def test_jit_trace_records_the_operators():
+    points, index = torch.rand(1, 20, 3), torch.randint(0, 20, (1, 4))
+    traced = torch.jit.trace(lambda x: ops.knn(ops.group(x, index), x, 3).distance, (points,), check_trace=False)
+    other = torch.rand(1, 20, 3)
+    torch.testing.assert_close(traced(other), ops.knn(ops.group(other, index), other, 3).distance)

@@ -270,3 +270,36 @@ def test_property_sampling(batch, k, min_sq_norm, seed):
 def test_property_chamfer(batch, norm, direction):
     x, x_offsets, y, y_offsets = batch
     both_ways(lambda: torch.ops.geossl.chamfer(x, y, None, None, x_offsets, y_offsets, norm, direction))
+
+
+def test_a_share_of_points_is_rounded_up(backend):
+    points, offsets = torch.rand(40, 3), torch.tensor([0, 5, 35, 40])
+    for ratio, want in ((1e-10, [1, 1, 1]), (0.1, [1, 3, 1]), (1.0, [5, 30, 5])):
+        assert ops.farthest_point_sample(points, ratio, offsets=offsets)[1].diff().tolist() == want
+
+
+def test_threads_build_the_same_tree(on_backend):
+    """Clouds that are cut unevenly, and enough points for every stage of the spatial order to be dealt out."""
+    rng = np.random.default_rng(0)
+    uniform = rng.random((9000, 3))
+    clouds = {
+        "uniform": uniform,
+        "outlier": np.concatenate([uniform, [[1e6, 0, 0]]]),
+        "duplicates": np.round(uniform * 6) / 6,
+        "geometric": uniform**12,
+        "huge": (uniform - 0.5) * 6e37,
+        "line": uniform * (1, 0, 0),
+    }
+    for name, cloud in clouds.items():
+        points = torch.tensor(cloud, dtype=torch.float32)[None]
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            try:
+                with on_backend("cpu"):
+                    near = ops.knn(points[:, :300], points, 9)
+                    results.append((*near, ops.farthest_point_sample(points, 2000)))
+            finally:
+                torch.set_num_threads(1)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), name

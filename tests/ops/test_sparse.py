@@ -182,6 +182,7 @@ def test_compile():
 
 C = torch.tensor([[0, 1, 2, 3], [0, 0, 0, 0]], dtype=torch.int32)
 CASES = [
+    (lambda: ops.neighbor_map(C.long() + 2**33), ValueError, "neighbor_map: coords must lie in the range of int32, but they go from"),
     (lambda: ops.neighbor_map(C.float()), TypeError, "neighbor_map: coords must be an int32 or int64 tensor .*float32"),
     (lambda: ops.neighbor_map(C[:, 1:]), ValueError, r"coords must be \[V, 4\] \(batch, x, y, z\), got int32 \[2, 3\]"),
     (lambda: ops.neighbor_map(C, 0), ValueError, "kernel_size must be at least 1, got 0"),

@@ -301,6 +301,19 @@ def test_trilinear_agrees(inputs, on_backend, kind):
             assert torch.equal(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trilinear_blends_half_types_in_float32(backend, dtype):
+    points = torch.rand(1, 300, 3, generator=torch.manual_seed(2))
+    found = ops.voxelize(points, 0.3)
+    assert torch.equal(
+        ops.devoxelize(torch.full((len(found.counts), 1), 3.0, dtype=dtype), found, points, "trilinear"),
+        torch.full((1, 300, 1), 3.0, dtype=dtype),
+    )
+    features = torch.rand(len(found.counts), 4).to(dtype)
+    want = ops.devoxelize(features.float(), found, points, "trilinear").to(dtype)
+    assert torch.equal(ops.devoxelize(features, found, points, "trilinear"), want)
+
+
 def test_trilinear_is_linear_between_centres(backend):
     grid = torch.cartesian_prod(*[torch.arange(3.0)] * 3)
     found = ops.voxelize(grid[None] * 0.5 + 0.25, 0.5)
