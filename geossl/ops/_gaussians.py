@@ -31,6 +31,12 @@ _project_c = _dispatch.functions("gaussians_project", *_SCENE, *[PTR] * 6)
 _project_backward_c = _dispatch.functions("gaussians_project_backward", *_SCENE, *[PTR] * 12)
 # is_double, means2d, conics, opacities, depths, radii, images, count, width, height, starts, ids, places, tile_starts
 _bin_cpu = _native.function("cpu", "geossl_gaussians_bin_cpu", INT, INT, *[PTR] * 5, INT64, INT64, INT, INT, *[PTR] * 4)
+# means2d, conics, opacities, depths, radii, images, count, width, height, starts, keys, rows
+_emit_cuda = _native.function("cuda", "geossl_gaussians_emit_cuda", INT, PTR, *[PTR] * 5, INT64, INT64, INT, INT, PTR, PTR, PTR)
+# wide, temp, temp_bytes, keys, sorted keys, rows, sorted rows, count, bits
+_sort_cuda = _native.function("cuda", "geossl_sort_pairs_cuda", INT, PTR, INT, PTR, PTR, PTR, PTR, PTR, PTR, INT64, INT)
+# keys, rows, entries, tiles, ids, places, tile_starts
+_ranges_cuda = _native.function("cuda", "geossl_gaussians_tile_ranges_cuda", INT, PTR, PTR, PTR, INT64, INT64, PTR, PTR, PTR)
 # is_double, means2d, conics, opacities, features, depths, ids, places, tile_starts, starts, images, cameras, count, channels,
 # features_per_camera, width, height, background
 _DRAWING = (INT, *[PTR] * 9, *[INT64] * 4, INT, INT, INT, PTR)
@@ -194,11 +200,23 @@ def _bin_native(
     torch.cumsum(tiles.reshape(-1), 0, out=starts[1:])
     ids, places, tile_starts, _ = _bin_outputs(means2d, int(starts[-1]), width, height)
     splats = [t.data_ptr() for t in (means2d, conics, opacities, depths, radii)]
+    lists = [t.data_ptr() for t in (ids, places, tile_starts)]
+    place = _dispatch.place(kind, means2d)
     if kind == "cpu":
-        _bin_cpu(
-            *_dispatch.place(kind, means2d), means2d.dtype == torch.float64, *splats, images, count, width, height, starts.data_ptr(),
-            ids.data_ptr(), places.data_ptr(), tile_starts.data_ptr(),
-        )  # fmt: skip
+        _bin_cpu(*place, means2d.dtype == torch.float64, *splats, images, count, width, height, starts.data_ptr(), *lists)
+        return ids, places, tile_starts, starts
+    keys, rows, sorted_keys, sorted_rows = torch.empty(4, ids.shape[0], dtype=torch.int64, device=ids.device)
+    _emit_cuda(*place, *splats, images, count, width, height, starts.data_ptr(), keys.data_ptr(), rows.data_ptr())
+    if ids.shape[0] == 0:
+        return ids, places, tile_starts.zero_(), starts
+    tile_count = tile_starts.shape[0] - 1
+    pairs = [t.data_ptr() for t in (keys, sorted_keys, rows, sorted_rows)]
+    size = torch.zeros(1, dtype=torch.int64)
+    bits = 32 + max(tile_count - 1, 1).bit_length()
+    _sort_cuda(*place, 1, None, size.data_ptr(), *pairs, ids.shape[0], bits)
+    temporary = torch.empty(int(size), dtype=torch.uint8, device=ids.device)
+    _sort_cuda(*place, 1, temporary.data_ptr(), size.data_ptr(), *pairs, ids.shape[0], bits)
+    _ranges_cuda(*place, sorted_keys.data_ptr(), sorted_rows.data_ptr(), ids.shape[0], tile_count, *lists)
     return ids, places, tile_starts, starts
 
 
@@ -272,6 +290,9 @@ def _composite_backward_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]
     _composite_backward_c[kind](
         *_dispatch.place(kind, out[0]), *_drawing(*drawing), *map(_dispatch.pointer, (rest, last, v_render, v_alpha, slots)), *pointers,
     )  # fmt: skip
+    if kind == "cuda" and drawing[5] is not None:
+        behind = (rest[..., None] * v_render[..., : drawing[5].shape[-1]]).sum((2, 3))  # type: ignore[index]
+        return (*out[:5], behind, out[6])
     return out
 
 
