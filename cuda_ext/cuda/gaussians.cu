@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) project_gradient_kernel(Scenes scene
         if (projection.set_center(camera, mean) && projection.set(camera, shape)) {
           const SplatGradient<float> g{in.means2d[2 * at],    in.means2d[2 * at + 1], in.depths[at],   in.conics[3 * at],
                                        in.conics[3 * at + 1], in.conics[3 * at + 2],  in.opacities[at]};
-          project_gradient(camera, mean, shape, projection, scene.opacities[row], g, v_mean, v_m, &v_opacity, out.poses ? v_view : nullptr);
+          project_gradient(camera, mean, shape, projection, scene.opacities[row], g, v_mean, v_m, &v_opacity, v_view);
         }
       }
       if (out.poses) sum_pose(v_view, out.poses + 12 * (image * blocks + block % blocks));

@@ -15,11 +15,11 @@ struct Drawing {
   const int32_t *ids, *places;
   const int64_t *tile_starts, *starts;
   int64_t images, cameras, count, channels;
-  bool features_per_camera;
+  bool features_per_camera, with_depths;
   int width, height, across, down;
   const float* background;
 
-  __host__ __device__ int64_t blended() const { return channels + (depths ? 1 : 0); }
+  __host__ __device__ int64_t blended() const { return channels + (with_depths ? 1 : 0); }
   __host__ __device__ int64_t tiles() const { return images * across * down; }
   __device__ __forceinline__ float feature(int64_t row, int64_t channel) const {
     if (channel >= channels) return depths[row];
@@ -256,10 +256,10 @@ __global__ void __launch_bounds__(256) add_slots_kernel(Drawing d, const float* 
 
 Drawing make_drawing(const void* means2d, const void* conics, const void* opacities, const void* features, const void* depths, const int32_t* ids,
                      const int32_t* places, const int64_t* tile_starts, const int64_t* starts, int64_t images, int64_t cameras, int64_t count,
-                     int64_t channels, int features_per_camera, int width, int height, const void* background) {
+                     int64_t channels, int features_per_camera, int with_depths, int width, int height, const void* background) {
   const auto in = [](const void* p) { return static_cast<const float*>(p); };
   return {in(means2d), in(conics), in(opacities), in(features), in(depths), ids, places, tile_starts, starts, images, cameras, count, channels,
-          features_per_camera != 0, width, height, (width + kTileSize - 1) / kTileSize, (height + kTileSize - 1) / kTileSize, in(background)};
+          features_per_camera != 0, with_depths != 0, width, height, (width + kTileSize - 1) / kTileSize, (height + kTileSize - 1) / kTileSize, in(background)};
 }
 
 }  // namespace
@@ -269,7 +269,7 @@ Drawing make_drawing(const void* means2d, const void* conics, const void* opacit
 GEOSSL_API int geossl_gaussians_composite_cuda(int device, void* stream, int is_double, const void* means2d, const void* conics,
                                                const void* opacities, const void* features, const void* depths, const int32_t* ids,
                                                const int32_t* places, const int64_t* tile_starts, const int64_t* starts, int64_t images,
-                                               int64_t cameras, int64_t count, int64_t channels, int features_per_camera, int width, int height,
+                                               int64_t cameras, int64_t count, int64_t channels, int features_per_camera, int with_depths, int width, int height,
                                                const void* background, void* render, void* alpha, void* rest, int32_t* last, int32_t* largest,
                                                void* heaviest) {
   using namespace geossl;
@@ -277,7 +277,7 @@ GEOSSL_API int geossl_gaussians_composite_cuda(int device, void* stream, int is_
   if (images == 0) return GEOSSL_OK;
   return on_device(device, 0, [&](auto) {
     const Drawing d = make_drawing(means2d, conics, opacities, features, depths, ids, places, tile_starts, starts, images, cameras, count,
-                                   channels, features_per_camera, width, height, background);
+                                   channels, features_per_camera, with_depths, width, height, background);
     const auto to = [](void* p) { return static_cast<float*>(p); };
     const Images out{to(render), to(alpha), to(rest), last, largest, to(heaviest)};
     return gpu::launch(composite_kernel, blocks_for(d.tiles(), 1), dim3(kThreads), 0, as_stream(stream), d, out);
@@ -287,18 +287,18 @@ GEOSSL_API int geossl_gaussians_composite_cuda(int device, void* stream, int is_
 GEOSSL_API int geossl_gaussians_composite_backward_cuda(
     int device, void* stream, int is_double, const void* means2d, const void* conics, const void* opacities, const void* features,
     const void* depths, const int32_t* ids, const int32_t* places, const int64_t* tile_starts, const int64_t* starts, int64_t images,
-    int64_t cameras, int64_t count, int64_t channels, int features_per_camera, int width, int height, const void* background, const void* rest,
+    int64_t cameras, int64_t count, int64_t channels, int features_per_camera, int with_depths, int width, int height, const void* background, const void* rest,
     const int32_t* last, const void* v_render, const void* v_alpha, void* slots, void* v_means2d, void* v_conics, void* v_opacities,
     void* v_features, void* v_depths, void*, void* v_absolute) {
   using namespace geossl;
   if (is_double || images < 0 || cameras < 1 || count < 0 || channels < 0 || width < 1 || height < 1) return GEOSSL_INVALID_ARGUMENT;
   if (images * count == 0) return GEOSSL_OK;
-  const int64_t bytes = (kBasic + (v_absolute ? 2 : 0) + channels + (depths ? 1 : 0)) * kWarps * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = (kBasic + (v_absolute ? 2 : 0) + channels + (with_depths ? 1 : 0)) * kWarps * static_cast<int64_t>(sizeof(float));
   if (bytes > kSharedBytes) return GEOSSL_TOO_LARGE;
   const int batch = static_cast<int>(kSharedBytes / bytes < kLargestBatch ? kSharedBytes / bytes : kLargestBatch);
   return on_device(device, 0, [&](auto) {
     const Drawing d = make_drawing(means2d, conics, opacities, features, depths, ids, places, tile_starts, starts, images, cameras, count,
-                                   channels, features_per_camera, width, height, background);
+                                   channels, features_per_camera, with_depths, width, height, background);
     const auto in = [](const void* p) { return static_cast<const float*>(p); };
     const auto to = [](void* p) { return static_cast<float*>(p); };
     const Incoming incoming{in(rest), last, in(v_render), in(v_alpha)};

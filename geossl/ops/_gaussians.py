@@ -38,8 +38,8 @@ _sort_cuda = _native.function("cuda", "geossl_sort_pairs_cuda", INT, PTR, INT, P
 # keys, rows, entries, tiles, ids, places, tile_starts
 _ranges_cuda = _native.function("cuda", "geossl_gaussians_tile_ranges_cuda", INT, PTR, PTR, PTR, INT64, INT64, PTR, PTR, PTR)
 # is_double, means2d, conics, opacities, features, depths, ids, places, tile_starts, starts, images, cameras, count, channels,
-# features_per_camera, width, height, background
-_DRAWING = (INT, *[PTR] * 9, *[INT64] * 4, INT, INT, INT, PTR)
+# features_per_camera, with_depths, width, height, background
+_DRAWING = (INT, *[PTR] * 9, *[INT64] * 4, *[INT] * 4, PTR)
 # drawing, render, alpha, rest, last, largest, heaviest
 _composite_c = _dispatch.functions("gaussians_composite", *_DRAWING, *[PTR] * 6)
 # drawing, rest, last, gradients of render and alpha, workspace (CUDA); gradients of means2d, conics, opacities, features, depths,
@@ -51,21 +51,17 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def _differentiate(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
+def _differentiate(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]
+) -> list[Tensor]:
     """Gradients of a twin by autograd, which is switched off inside operators; empty for inputs that are None."""
-    names = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.ADInplaceOrView)
-    saved = [torch._C._dispatch_tls_is_dispatch_key_excluded(name) for name in names]
-    for name in names:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(name, False)
-    try:
-        with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-            outputs = function(*leaves)
-            wanted = [leaf for leaf in leaves if leaf is not None]
-            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
-    finally:
-        for name, value in zip(names, saved, strict=True):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(name, value)
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        pairs = [(out, grad) for out, grad in zip(function(*leaves), grads, strict=True) if out.requires_grad]  # not of empty scenes
+        outputs, weights = zip(*pairs, strict=True) if pairs else ((), ())
+        zeros = [torch.zeros_like(leaf) for leaf in wanted]
+        found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, materialize_grads=True) if pairs else zeros)
     return [grads[0].new_empty(0) if leaf is None else next(found) for leaf in leaves]
 
 
@@ -241,7 +237,7 @@ def _drawing(
     tensors = map(_dispatch.pointer, (means2d, conics, opacities, features, depths, ids, places, tile_starts, starts))
     return (
         means2d.dtype == torch.float64, *tensors, batch * cameras, max(cameras, 1), count, features.shape[3], features.shape[1] == cameras,
-        width, height, _dispatch.pointer(backgrounds),
+        depths is not None, width, height, _dispatch.pointer(backgrounds),
     )  # fmt: skip
 
 
@@ -346,8 +342,12 @@ def _refuse_twice(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     )
 
 
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
 for _name in ("gaussians_project_backward", "gaussians_composite_backward"):
-    torch.library.register_autograd(f"geossl::{_name}", _refuse_twice, setup_context=lambda *_: None, lib=_dispatch.LIBRARY)
+    torch.library.register_autograd(f"geossl::{_name}", _refuse_twice, setup_context=_save_nothing, lib=_dispatch.LIBRARY)
 
 
 def _composite_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -311,9 +311,7 @@ def _reference_composite(
     means2d: Tensor, conics: Tensor, opacities: Tensor, features: Tensor, depths: Tensor | None, backgrounds: Tensor | None,
     probe: Tensor | None, ids: Tensor, places: Tensor, tile_starts: Tensor, starts: Tensor, width: int, height: int, with_ids: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return reference.composite(
-        means2d, conics, opacities, features, depths, backgrounds, ids, tile_starts, width, height, with_ids
-    )
+    return reference.composite(means2d, conics, opacities, features, depths, backgrounds, ids, tile_starts, width, height, with_ids)
 
 
 _REFERENCE = native.Pipeline(reference.project, reference.bin_tiles, _reference_composite)

@@ -63,10 +63,12 @@ def project(
     """
     valid = _valid(means, quats, scales, covars, opacities)
     means, opacities = torch.where(valid[..., None], means, 0.0), torch.where(valid, opacities, 0.0)
+    known = viewmats.isfinite().flatten(-2).all(-1, keepdim=True)  # [B, C, 1]
+    viewmats = torch.where(known[..., None], viewmats, 0.0)
     view = viewmats[:, :, None, :3, :3]
     p = (view @ means[:, None, :, :, None])[..., 0] + viewmats[:, :, None, :3, 3]
     fx, fy, cx, cy = (Ks[..., i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    keep = valid[:, None] & (p[..., 2] > 0) & (p[..., 2] >= near_plane) & (p[..., 2] <= far_plane) & p.isfinite().all(-1)
+    keep = known & valid[:, None] & (p[..., 2] > 0) & (p[..., 2] >= near_plane) & (p[..., 2] <= far_plane) & p.isfinite().all(-1)
     x, y, z = torch.where(keep[..., None], p, 1.0).unbind(-1)
     u, v = fx * x / z + cx, fy * y / z + cy
     # The Jacobian is taken at a point clamped to a little outside the image: far outside, the approximation would explode.
@@ -85,7 +87,8 @@ def project(
         minors = torch.stack([a[..., 0, i] * a[..., 1, j] - a[..., 0, j] * a[..., 1, i] for i, j in ((0, 1), (0, 2), (1, 2))], -1)
         det = (minors * minors).sum(-1)  # of the covariance, without cancellation
     else:
-        s = jacobian @ torch.where(valid[..., None, None], covars, 0.0)[:, None] @ jacobian.mT
+        symmetric = torch.where(valid[..., None, None], 0.5 * (covars + covars.mT), 0.0)
+        s = jacobian @ symmetric[:, None] @ jacobian.mT
         xx, xy, yy = s[..., 0, 0], s[..., 0, 1], s[..., 1, 1]
         det = xx * yy - xy * xy
     blurred = det + eps2d * (xx + yy) + eps2d * eps2d
