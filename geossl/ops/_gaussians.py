@@ -263,7 +263,8 @@ def _composite_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _composite_twin(*arguments: Any) -> tuple[Tensor, ...]:
     """The reference says all but the last entry of each pixel, which its gradient does not need."""
-    render, alpha, largest, weight = reference.composite(*arguments[:6], arguments[7], arguments[9], *arguments[11:])
+    inputs: Any = (*arguments[:6], arguments[7], arguments[9], *arguments[11:])
+    render, alpha, largest, weight = reference.composite(*inputs)
     return render, alpha, 1 - alpha, torch.zeros_like(alpha, dtype=torch.int32), largest, weight
 
 
@@ -294,7 +295,8 @@ def _composite_backward_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]
 
 def _composite_backward_twin(v_render: Tensor, v_alpha: Tensor, rest: Tensor, last: Tensor, *drawing: Any) -> tuple[Tensor, ...]:
     def run(*tensors: Any) -> tuple[Tensor, ...]:
-        return reference.composite(*tensors, drawing[7], drawing[9], *drawing[11:])[:2]
+        inputs: Any = (*tensors, drawing[7], drawing[9], *drawing[11:])
+        return reference.composite(*inputs)[:2]
 
     found = _differentiate(run, drawing[:6], (v_render, v_alpha))
     # The sum of absolute values is no derivative; where it is asked for, the native kernels must run.

@@ -44,7 +44,7 @@ class Case:
     def worst(self, got: torch.Tensor, name: str) -> float:
         """Largest difference on pixels where no threshold is so close that rounding may decide."""
         clear = self.tensors["out.ambiguous"] == 0
-        return float((got.double() - self.tensors[f"out.{name}"].double())[clear].abs().max())
+        return float((got.detach().double() - self.tensors[f"out.{name}"].double())[clear].abs().max())
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)

@@ -111,15 +111,20 @@ def gaussians_samples() -> dict[str, list[tuple]]:
     return {
         "gaussians_project": [scene, (*free[:3], None, free[3], view, lens, *numbers), covars],
         "gaussians_project_backward": [
-            (means2d, depths, conics, seen, radii, pose, *rest_of) for pose, rest_of in ((True, scene), (False, (*covars[:5], view, *covars[6:])))
+            (means2d, depths, conics, seen, radii, True, *scene),
+            (means2d, depths, conics, seen, radii, False, *covars[:5], view, *covars[6:]),
         ],
         "gaussians_bin": [(means2d, conics, seen, depths, radii, tiles, 20, 18)],
-        "gaussians_composite": [(*drawing, False), (*drawing, True), (*moving[:5], None, None, *lists, 20, 18, False), (*moving, *lists, 20, 18, True)],
+        "gaussians_composite": [
+            *((*drawing, with_ids) for with_ids in (False, True)),
+            (*moving[:5], None, None, *lists, 20, 18, False),
+            (*moving, *lists, 20, 18, True),
+        ],
         "gaussians_composite_backward": [
-            (torch.rand(2, 1, 18, 20, 6), torch.rand(2, 1, 18, 20), rest, last, *splats, colors, depths, behind, probe, *lists, 20, 18, False)
+            (torch.rand(2, 1, 18, 20, 6), rest.clone(), rest, last, *splats, colors, depths, behind, probe, *lists, 20, 18, False)
             for probe in (None, means2d)
         ],
-    }  # fmt: skip
+    }
 
 
 def search_samples() -> dict[str, list[tuple]]:
