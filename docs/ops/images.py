@@ -191,7 +191,7 @@ def sparse() -> Figure:
 
 def gaussians() -> Figure:
     """An object as flat Gaussians along its surface: colour, depth, and which Gaussian each pixel is mostly made of."""
-    library, row = load_objects(), 24
+    library, row = load_objects(), 427
     coord, normal, color = (torch.from_numpy(array[row].astype(np.float32)) for array in (library.xyz, library.normal, library.rgb))
     coord = (coord - (coord.amax(0) + coord.amin(0)) / 2) / (coord.amax(0) - coord.amin(0)).max()
     normal, color = torch.nn.functional.normalize(normal, dim=1), color / 255
@@ -207,7 +207,7 @@ def gaussians() -> Figure:
     view[:3, :3] = torch.stack([right, torch.linalg.cross(forward, right), forward])
     view[:3, 3] = -view[:3, :3] @ eye
     size = 320
-    lens = torch.tensor([[1.6 * size, 0, size / 2], [0, 1.6 * size, size / 2], [0, 0, 1]])
+    lens = torch.tensor([[1.3 * size, 0, size / 2], [0, 1.3 * size, size / 2], [0, 0, 1]])
     render, alpha, meta = ops.rasterize_gaussians(
         coord, quats, scales, torch.full((len(coord),), 0.95), color, view[None], lens[None], size, size, backgrounds=torch.ones(1, 3),
         render_mode="RGB+ED", with_ids=True,
