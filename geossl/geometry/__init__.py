@@ -11,6 +11,17 @@ Conventions, stated here once:
 * **Grids** are channels first, ``[B, C, X, Y, Z]``, z up.
 """
 
-from geossl.geometry.containers import Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry.containers import Gaussians, Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry.spherical_harmonics import SH_C0, sh_basis, spherical_harmonics
 
-__all__ = ["Output", "PackedPoints", "PointBatch", "SparseVoxelTokens", "Tokens"]
+__all__ = [
+    "SH_C0",
+    "Gaussians",
+    "Output",
+    "PackedPoints",
+    "PointBatch",
+    "SparseVoxelTokens",
+    "Tokens",
+    "sh_basis",
+    "spherical_harmonics",
+]
