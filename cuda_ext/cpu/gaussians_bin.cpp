@@ -76,13 +76,11 @@ bool bin_image(const Image<T>& image, int threads, int64_t row_base, int64_t bef
   const auto count = static_cast<int64_t>(rows.size());
   const int64_t tiles = int64_t{image.across} * image.down;
   // Every piece of the depth order counts, then writes behind the pieces before it: the lists do not depend on the pieces.
-  const int pieces = static_cast<int>(std::clamp<int64_t>(count / 4096, 1, std::max(threads, 1)));
+  const int pieces = static_cast<int>(pieces_of(threads, count, 4096));
   std::vector<std::vector<Span>> spans(static_cast<size_t>(pieces));
   std::vector<int64_t> entries(static_cast<size_t>(pieces * tiles), 0);
   const auto each_piece = [&](auto&& f) {
-    parallel_for(threads, pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) f(static_cast<size_t>(piece), entries.data() + piece * tiles);
-    });
+    for_pieces(pieces, [&](int piece) { f(static_cast<size_t>(piece), entries.data() + piece * tiles); });
   };
   each_piece([&](size_t piece, int64_t* own) {
     const int64_t begin = static_cast<int64_t>(piece) * count / pieces, end = static_cast<int64_t>(piece + 1) * count / pieces;

@@ -110,7 +110,8 @@ TilePlace tile_place(const Drawing<T>& d, int64_t tile) {
 template <class T, class F>
 void share_tiles(const Drawing<T>& d, int threads, F&& f) {
   const int64_t tiles = d.tiles(), entries = d.tile_starts[tiles];
-  const int64_t pieces = std::clamp<int64_t>(entries / 2048 + d.images * d.width * d.height / 262144, 1, std::max(threads, 1));
+  // As much work as 128 pixels is one entry of a list.
+  const int64_t pieces = pieces_of(threads, entries + d.images * d.width * d.height / 128, 2048);
   std::atomic<int64_t> taken{0};
   parallel_for(threads, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece)

@@ -98,9 +98,10 @@ def radius(op: str, value: Any) -> float:
     """Check a radius and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: radius must be a number, got {describe(value)}")
-    if not value > 0:
+    number = float(value)
+    if not number > 0:
         raise ValueError(f"{op}: radius must be positive (inf is allowed), got {value}")
-    return float(value)
+    return number
 
 
 def radius_or_radii(op: str, value: Any, query: Tensor) -> tuple[float, Tensor | None]:

@@ -464,6 +464,10 @@ def test_speed_up_is_of_wall_time_over_the_same_kinds():
     rows = [bar_row(name, "mesh", 1.0, 1.0, threads, wall) for threads, wall in ((1, 3.0), (2, 2.0))]
     assert bars.speed_ups(bars.groups_of(rows)) == {name: {2: 1.5}}
     assert bars.speed_ups(bars.groups_of([*rows, bar_row(name, "uniform", 1.0, 1.0)])) == {}
+    assert bars.speed_ups(bars.groups_of(rows), "caller_s") == {}  # not measured
+    for row in rows:
+        row.caller_s = 1 / row.threads
+    assert bars.speed_ups(bars.groups_of(rows), "caller_s") == {name: {2: 2.0}}
 
 
 def test_every_bar_has_its_rows():

@@ -276,7 +276,7 @@ def test_every_vector_width_gives_the_same_bits(tmp_path):
         pytest.skip("needs g++ on x86-64")
     flags = Path("/proc/cpuinfo").read_text()
     levels = ["x86-64", *(["x86-64-v3"] if " avx2 " in flags else []), *(["x86-64-v4"] if " avx512vl " in flags else [])]
-    sources = [*sorted((ROOT / "cuda_ext/cpu").glob("gaussians*.cpp")), ROOT / "cuda_ext/cpu/info.cpp"]
+    sources = [*sorted((ROOT / "cuda_ext/cpu").glob("gaussians*.cpp")), *(ROOT / "cuda_ext/cpu" / f for f in ("info.cpp", "threads.cpp"))]
     x = scene(3000, 1, size=(100, 90), dtype=torch.float32, channels=6, spread=0.1)
     results = [everything(x)]
     for level in levels:

@@ -129,13 +129,13 @@ def growth_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return found
 
 
-def speed_ups(groups: Sequence[Group]) -> dict[str, dict[int, float]]:
-    """Return wall time with one thread over that with more, summed over the kinds of cloud: name -> threads -> times."""
-    wall = {(group.name, group.threads): sum(row.wall_s for row in group.rows) for group in groups}
+def speed_ups(groups: Sequence[Group], time: str = "wall_s") -> dict[str, dict[int, float]]:
+    """Return a time with one thread over that with more, summed over the kinds of cloud: name -> threads -> times."""
+    wall = {(group.name, group.threads): sum(getattr(row, time) or 0.0 for row in group.rows) for group in groups}
     kinds = {(group.name, group.threads): {row.cloud for row in group.rows} for group in groups}
     found: dict[str, dict[int, float]] = {}
     for (name, threads), value in wall.items():
-        if threads > 1 and kinds.get((name, 1)) == kinds[name, threads]:
+        if threads > 1 and value > 0 and kinds.get((name, 1)) == kinds[name, threads]:
             found.setdefault(name, {})[threads] = wall[name, 1] / value
     return found
 
@@ -144,15 +144,17 @@ def table_of_bars(groups: Sequence[Group]) -> Any:
     """Return the table of all bars, over all kinds of cloud, for the terminal."""
     from rich.table import Table
 
-    table = Table(caption="x peer: CPU time of the quickest peer over ours; speed-up: wall time with one thread over that with more")
+    table = Table(
+        caption="x peer: CPU time of the quickest peer over ours; speed-up: wall time with one thread over that with more; of caller: the same "
+        "for the CPU time of the calling thread, which other work on the machine does not touch"
+    )
     table.add_column("name", overflow="fold")
-    for title in ("threads", "CPU", "x peer: mean", "least", "bar", "aim", "speed-up"):
+    for title in ("threads", "CPU", "x peer: mean", "least", "bar", "aim", "speed-up", "of caller"):
         table.add_column(title, justify="right", no_wrap=True)
-    quicker = speed_ups(groups)
+    quicker, alone = speed_ups(groups), speed_ups(groups, "caller_s")
     for group in groups:
         bar = BARS[group.name]
         times = [row.cpu_s for row in group.rows]
-        up = quicker.get(group.name, {}).get(group.threads)
         table.add_row(
             group.name,
             str(group.threads),
@@ -161,7 +163,8 @@ def table_of_bars(groups: Sequence[Group]) -> Any:
             _times(group.least),
             _verdict(group.reaches(bar.mean, bar.least), f"{bar.mean:g}" + (f" ({bar.least:g} each)" if bar.least != 1 else "")),
             _verdict(group.reaches(bar.aim, bar.least), f"{bar.aim:g}"),
-            _times(up),
+            _times(quicker.get(group.name, {}).get(group.threads)),
+            _times(alone.get(group.name, {}).get(group.threads)),
         )
     return table
 

@@ -47,17 +47,19 @@ class Sample(NamedTuple):
     wall: float  # seconds
     peak: float | None  # MiB, highest resident memory meanwhile
     rise: float | None  # MiB, peak over the resident memory before
+    caller: float | None = None  # seconds of CPU time of the calling thread
 
 
 def clock(run: Callable[[], Any], calls: int) -> Sample:
     """Time ``calls`` calls of ``run``; times are per call."""
     before = reset_peak_memory()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu, caller = time.perf_counter(), time.process_time(), time.thread_time()
     for _ in range(calls):
         run()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    cpu, wall, caller = time.process_time() - cpu, time.perf_counter() - wall, time.thread_time() - caller
     peak = peak_memory()
-    return Sample(cpu / calls, wall / calls, peak, None if peak is None or before is None else round(max(peak - before, 0.0), 1))
+    rise = None if peak is None or before is None else round(max(peak - before, 0.0), 1)
+    return Sample(cpu / calls, wall / calls, peak, rise, caller / calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,7 @@ def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SA
         dtype=str(case.dtype).removeprefix("torch."),
         cpu_s=cpu,
         wall_s=median(sample.wall for sample in ours),
+        caller_s=None if ours[0].caller is None else median(sample.caller or 0.0 for sample in ours),
         repeats=len(ours),
         calls_per_repeat=calls[""],
         peak_mib=first[""].peak,

@@ -87,6 +87,8 @@ class Row:
     """Processor, versions, and what ran the operators."""
     cloud: str = ""
     """Kind of cloud, which the name ends in; "" where there is only one."""
+    caller_s: float | None = None
+    """Median CPU time of the calling thread: where threads share the work evenly, the wall time on processors that nobody else uses."""
     bar: float | None = None
     """What the geometric mean of ``peer_ratio`` over the kinds of cloud should reach."""
     aim: float | None = None
