@@ -11,6 +11,43 @@ Conventions, stated here once:
 * **Grids** are channels first, ``[B, C, X, Y, Z]``, z up.
 """
 
+from geossl.geometry.boxes import BOX_EDGES, box_corners, points_in_boxes
+from geossl.geometry.cameras import (
+    Cameras,
+    back_project,
+    intrinsics_from_fov,
+    invert_pose,
+    look_at,
+    pixel_centers,
+    pose_matrix,
+    project,
+    resize_intrinsics,
+    transform_points,
+)
 from geossl.geometry.containers import Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry.rotations import frame_from_normal, matrix_to_quaternion, quaternion_to_matrix, rotation_about_z
 
-__all__ = ["Output", "PackedPoints", "PointBatch", "SparseVoxelTokens", "Tokens"]
+__all__ = [
+    "BOX_EDGES",
+    "Cameras",
+    "Output",
+    "PackedPoints",
+    "PointBatch",
+    "SparseVoxelTokens",
+    "Tokens",
+    "back_project",
+    "box_corners",
+    "frame_from_normal",
+    "intrinsics_from_fov",
+    "invert_pose",
+    "look_at",
+    "matrix_to_quaternion",
+    "pixel_centers",
+    "points_in_boxes",
+    "pose_matrix",
+    "project",
+    "quaternion_to_matrix",
+    "resize_intrinsics",
+    "rotation_about_z",
+    "transform_points",
+]
