@@ -1,0 +1,290 @@
+"""Points of the embedded objects become oriented surfels: flat discs that cover the object without holes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import logging
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from geossl import ops
+from geossl.data.files import atomic_write, read_npz
+from geossl.data.objects import load_objects
+from geossl.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FLATNESS = 0.25
+"""Standard deviation of a surfel along its normal, as part of the smaller one along its plane."""
+_RAYS, _REACH = 20, 0.6  # rays to each side of a surfel, and how far they go as part of the object's size
+_CLOSED, _INTERIOR = 0.12, 0.10  # openness under which a side is closed, and both sides are
+
+
+@dataclass(frozen=True)
+class Surfels:
+    """Flat discs with a colour; row i of every array is surfel i.
+
+    Args:
+        center: ``[n, 3]`` float32, metres.
+        normal: ``[n, 3]`` float32, unit, out of the solid it bounds.
+        tangent: ``[n, 3]`` float32, unit, along ``sigma[:, 0]``.
+        sigma: ``[n, 2]`` float32, standard deviations along the tangent and across.
+        color: ``[n, 3]`` float32, reflectance in linear light, or radiance where ``glow``.
+        solid: ``[n]`` bool, the back is inside a solid and never seen.
+        glow: ``[n]`` bool, shines by itself: its colour is not lit.
+        openness: ``[n]`` float32 in 0..1, part of the sky over the front that the object itself leaves free.
+    """
+
+    center: np.ndarray
+    normal: np.ndarray
+    tangent: np.ndarray
+    sigma: np.ndarray
+    color: np.ndarray
+    solid: np.ndarray
+    glow: np.ndarray
+    openness: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of surfels."""
+        return len(self.center)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Surfels:
+        """Return the selected surfels."""
+        return Surfels(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def moved(self, yaw: float, position: tuple[float, float, float]) -> Surfels:
+        """Return the surfels turned by ``yaw`` about z, then shifted."""
+        cos, sin = np.float32(np.cos(yaw)), np.float32(np.sin(yaw))
+        turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=np.float32)
+        moved = {"center": self.center @ turn + np.float32(position), "normal": self.normal @ turn, "tangent": self.tangent @ turn}
+        return replace(self, **moved)
+
+    @classmethod
+    def concatenate(cls, parts: list[Surfels]) -> Surfels:
+        """Join several sets."""
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+
+def linear(srgb: np.ndarray) -> np.ndarray:
+    """Turn sRGB values in 0..1 into linear light."""
+    srgb = np.asarray(srgb, dtype=np.float32)
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def srgb(light: np.ndarray) -> np.ndarray:
+    """Turn linear light in 0..1 into sRGB values."""
+    light = np.clip(light, 0.0, 1.0)
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055).astype(np.float32)
+
+
+def tangents(normal: np.ndarray) -> np.ndarray:
+    """Return ``[n, 3]`` unit vectors at right angles to ``normal [n, 3]``."""
+    helper = np.where(np.abs(normal[:, 2:]) < 0.9, np.float32([[0, 0, 1]]), np.float32([[1, 0, 0]]))
+    tangent = np.cross(helper, normal)
+    return (tangent / np.linalg.norm(tangent, axis=1, keepdims=True)).astype(np.float32)
+
+
+def neighbors(points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return distances and rows ``[n, k]`` of the nearest other points (fewer points repeat the last one)."""
+    cloud = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))[None]
+    k_there = min(k, len(points) - 1)
+    found = ops.knn(cloud, cloud, k_there, exclude_self=True)
+    distance, index = found.distance[0].sqrt().numpy(), found.index[0].numpy()
+    pad = ((0, 0), (0, k - k_there))
+    return np.pad(distance, pad, mode="edge"), np.pad(index, pad, mode="edge")
+
+
+class Occupancy:
+    """Which cells of a regular grid hold something, and how far rays go through it.
+
+    Args:
+        points: ``[n, 3]``, what fills the cells they lie in.
+        cell: Edge of a cell in metres.
+    """
+
+    def __init__(self, points: np.ndarray, cell: float) -> None:
+        self.cell = np.float32(cell)
+        low = points.min(0) if len(points) else np.zeros(3)
+        high = points.max(0) if len(points) else np.zeros(3)
+        self.origin = (low - 1.5 * cell).astype(np.float32)
+        self.shape = np.ceil((high - self.origin) / cell).astype(np.int64) + 2
+        self.filled = np.zeros(int(self.shape.prod()), dtype=bool)
+        self.filled[self.flat(np.floor((points - self.origin) / self.cell).astype(np.int32))] = True
+
+    def flat(self, cells: np.ndarray) -> np.ndarray:
+        """Return the place of cells ``[..., 3]`` in the flat grid; those outside go to its empty rim."""
+        x, y, z = (np.clip(cells[..., axis], 0, self.shape[axis] - 1) for axis in range(3))
+        return (x * np.int32(self.shape[1]) + y) * np.int32(self.shape[2]) + z
+
+    def free(self, start: np.ndarray, direction: np.ndarray, first: float, last: np.ndarray | float, step: float) -> np.ndarray:
+        """Return ``[n]`` bool: from ``start [n, 3]`` along the unit ``direction [n, 3]``, nothing between ``first`` and ``last`` metres."""
+        last = np.broadcast_to(np.float32(last), len(start))
+        alive = np.arange(len(start))
+        free = np.ones(len(start), dtype=bool)
+        place, ray, end = (start - self.origin) / self.cell, direction / self.cell, last
+        limit = self.shape.astype(np.float32)
+        distance = np.float32(first)
+        while len(alive):
+            at = place + ray * distance
+            hit = self.filled[self.flat(at.astype(np.int32))]
+            free[alive[hit]] = False
+            distance += np.float32(step)
+            inside = ((at >= 0) & (at < limit)).all(1) | (distance < first + 3 * step)
+            keep = ~hit & inside & (end > distance)
+            alive, place, ray, end = alive[keep], place[keep], ray[keep], end[keep]
+        return free
+
+
+def sphere_directions(count: int) -> np.ndarray:
+    """Return ``[count, 3]`` evenly spread unit vectors (a Fibonacci lattice)."""
+    number = np.arange(count) + 0.5
+    z, angle = 1 - 2 * number / count, np.pi * (1 + 5**0.5) * number
+    radius = np.sqrt(1 - z * z)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle), z], 1).astype(np.float32)
+
+
+def hemisphere(normal: np.ndarray, count: int, phase: np.ndarray) -> np.ndarray:
+    """Return ``[n, count, 3]`` directions about ``normal [n, 3]``, as dense as the cosine, turned by ``phase [n]`` radians."""
+    number = np.arange(count) + 0.5
+    radius, angle = np.sqrt(number / count), np.pi * (1 + 5**0.5) * number + phase[:, None]
+    up = np.sqrt(1 - radius**2)
+    tangent = tangents(normal)
+    across = np.cross(normal, tangent)
+    x, y = (radius * np.cos(angle))[..., None], (radius * np.sin(angle))[..., None]
+    return (x * tangent[:, None] + y * across[:, None] + up[:, None] * normal[:, None]).astype(np.float32)
+
+
+def _midpoints(center: np.ndarray, normal: np.ndarray, color: np.ndarray, typical: float) -> tuple[np.ndarray, ...]:
+    """Return one round of points halfway between neighbours on the same surface: center, normal, color, row of a parent."""
+    distance, index = neighbors(center, 8)
+    row = np.repeat(np.arange(len(center)), 8)
+    other, gap = index.reshape(-1), distance.reshape(-1)
+    difference = center[other] - center[row]
+    same = (normal[row] * normal[other]).sum(1)
+    off = np.maximum(np.abs((difference * normal[row]).sum(1)), np.abs((difference * normal[other]).sum(1)))
+    keep = (row < other) | ~(index[other] == row[:, None]).any(1)  # each pair once
+    keep &= (np.abs(same) > 0.77) & (off < 0.3 * gap) & (gap < 1.25 * typical) & (gap > 0.2 * typical)
+    row, other, same = row[keep], other[keep], same[keep]
+    middle = 0.5 * (center[row] + center[other])
+    cells = np.floor(middle / (0.42 * typical)).astype(np.int64)  # thin out midpoints that nearly coincide
+    _, first = np.unique(cells @ np.array([73856093, 19349663, 83492791]), return_index=True)
+    first.sort()
+    row, other, same, middle = row[first], other[first], same[first], middle[first]
+    turned = normal[row] + np.sign(same)[:, None] * normal[other]
+    turned /= np.maximum(np.linalg.norm(turned, axis=1, keepdims=True), 1e-6)
+    # Mixing unlike colours greys textures; mixing like ones smooths the noise of the sampling.
+    alike = np.abs(color[row] - color[other]).max(1, keepdims=True) < 0.08
+    shade = np.where(alike, 0.5 * (color[row] + color[other]), color[row])
+    return middle, turned.astype(np.float32), shade, row
+
+
+def discs(center: np.ndarray, normal: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return ``[13 n, 3]`` points spread over discs of ``radius [n]``: what fills a grid without leaks."""
+    tangent = tangents(normal)
+    across = np.cross(normal, tangent)
+    ring = [(0.0, 0.0)] + [(0.5, k) for k in np.arange(4) * np.pi / 2] + [(1.0, k) for k in np.arange(8) * np.pi / 4]
+    x = np.float32([r * np.cos(angle) for r, angle in ring])[:, None] * radius
+    y = np.float32([r * np.sin(angle) for r, angle in ring])[:, None] * radius
+    return (center + x[..., None] * tangent + y[..., None] * across).reshape(-1, 3).astype(np.float32)
+
+
+def _openness(center: np.ndarray, normal: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how open the side of the normal and the other side are, ``[n]`` each in 0..1, averaged along the surface."""
+    size = float(np.ptp(center, axis=0).max())
+    cell = max(1.1 * float(np.median(sigma)), size / 100)
+    grid = Occupancy(discs(center, normal, 1.9 * sigma), cell)
+    phase = (np.arange(len(center)) * 2.399963).astype(np.float32)
+    sides = []
+    for side in (normal, -normal):
+        ray = hemisphere(side, _RAYS, phase).reshape(-1, 3)
+        start = np.repeat(center + side * np.float32(1.1 * cell), _RAYS, axis=0)
+        sides.append(grid.free(start, ray, 0.7 * cell, _REACH * size, 0.9 * cell).reshape(-1, _RAYS).mean(1))
+    _, index = neighbors(center, 12)
+    front, back = sides
+    for _ in range(2):
+        same = (normal[index] * normal[:, None]).sum(2)  # a neighbour that looks the other way swaps its sides
+        weight = np.maximum(np.abs(same) - 0.5, 0.0)
+        ahead = np.where(same > 0, front[index], back[index])
+        behind = np.where(same > 0, back[index], front[index])
+        total = 1 + weight.sum(1)
+        front, back = (front + (weight * ahead).sum(1)) / total, (back + (weight * behind).sum(1)) / total
+    return front, back
+
+
+def prepare_object(row: int) -> Surfels:
+    """Make the surfels of embedded object ``row``, in metres, its base at z = 0 and its middle at x = y = 0."""
+    library = load_objects()
+    scale = np.float32(library.scale_m[row])
+    center = library.xyz[row].astype(np.float32) * scale
+    size = float(np.ptp(center, axis=0).max())
+    count = 1024 if size > 0.5 else 640 if size > 0.25 else 320
+    center = center[:count]
+    normal = library.normal[row, :count].astype(np.float32)
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    normal = np.where(length > 0, normal / np.maximum(length, 1e-6), np.float32([[0, 0, 1]])).astype(np.float32)
+    color = linear(library.rgb[row, :count].astype(np.float32) / 255)
+    low, high = library.xyz[row].min(0).astype(np.float32) * scale, library.xyz[row].max(0).astype(np.float32) * scale
+    center = center - np.float32([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
+
+    distance, _ = neighbors(center, 5)
+    typical = float(np.median(distance[:, 4]))
+    sigma = np.clip(0.55 * distance[:, 4], 0.6 * 0.55 * typical, 1.6 * 0.55 * typical)
+    rounds, shrink = (2, (0.88, 0.74)) if typical > 0.022 else (1, (0.88,)) if typical > 0.011 else (0, ())
+    for turn in range(rounds):
+        middle, turned, shade, parent = _midpoints(center, normal, color, typical if turn == 0 else 0.72 * typical)
+        sigma = np.concatenate([sigma, sigma[parent]]) * np.float32(shrink[turn])
+        center, normal, color = np.concatenate([center, middle]), np.concatenate([normal, turned]), np.concatenate([color, shade])
+
+    front, back = _openness(center, normal, sigma)
+    flip = back > front
+    normal = np.where(flip[:, None], -normal, normal)
+    front, back = np.where(flip, back, front), np.where(flip, front, back)
+    leaves = str(library.classes[library.label[row]]) == "plant" if library.label[row] >= 0 else False
+    keep = np.full(len(center), True) if leaves else front >= _INTERIOR
+    solid = (back < _CLOSED) & (not leaves)
+    surfels = Surfels(
+        center.astype(np.float32), normal.astype(np.float32), tangents(normal), np.stack([sigma, sigma], 1).astype(np.float32),
+        color.astype(np.float32), solid, np.zeros(len(center), dtype=bool), front.astype(np.float32),
+    )  # fmt: skip
+    return surfels[keep]
+
+
+def cache_folder() -> Path:
+    """Folder of prepared objects: ``$GEOSSL_CACHE``, or ``geossl`` in the user's cache folder."""
+    given = os.environ.get("GEOSSL_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "geossl"
+
+
+@functools.cache
+def _version() -> str:
+    """What the prepared objects depend on: this file and the embedded data."""
+    library = load_objects()
+    digest = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode())
+    for array in (library.xyz, library.normal, library.rgb, library.scale_m):
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=512)
+def object_surfels(row: int) -> Surfels:
+    """Return :func:`prepare_object` of ``row``, from memory or disk where it was prepared before. The arrays cannot be written into."""
+    path = cache_folder() / f"surfels-{_version()}" / f"{row}.npz"
+    names = [f.name for f in fields(Surfels)]
+    try:
+        surfels = Surfels(**read_npz(path, names))
+    except DataError:  # not there yet, or damaged
+        surfels = prepare_object(row)
+        try:
+            atomic_write(path, lambda file: np.savez(file, **{name: getattr(surfels, name) for name in names}))
+        except DataError as error:
+            log.warning("prepared objects are not kept (%s); set GEOSSL_CACHE to a folder that can be written", error)
+    for name in names:
+        getattr(surfels, name).flags.writeable = False
+    return surfels
