@@ -9,6 +9,7 @@ from geossl.ops._native import native_info
 from geossl.ops.batching import offsets_from_batch, offsets_from_ends, offsets_from_lengths
 from geossl.ops.chamfer import chamfer_distance, chamfer_distance_packed, chamfer_distance_patches
 from geossl.ops.fps import farthest_point_sample
+from geossl.ops.gaussians import rasterize_gaussians
 from geossl.ops.grouping import group, group_relative
 from geossl.ops.interpolation import interpolate, three_nn_interpolate
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
@@ -42,6 +43,7 @@ __all__ = [
     "offsets_from_ends",
     "offsets_from_lengths",
     "radius_search",
+    "rasterize_gaussians",
     "scatter_reduce",
     "segment_reduce",
     "three_nn_interpolate",
