@@ -73,7 +73,7 @@ def bake(plan: Plan, shell: Surfels, objects: Surfels, instance: np.ndarray, lig
         rng: Source of the ray directions' jitter.
     """
     grid = (
-        Occupancy(discs(objects.center, objects.normal, 1.5 * objects.sigma[:, 0]), _CELL)
+        Occupancy(discs(objects.center, objects.normal, objects.tangent, 1.5 * objects.sigma), _CELL)
         if len(objects)
         else Occupancy(np.zeros((0, 3)), _CELL)
     )

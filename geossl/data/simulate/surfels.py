@@ -185,21 +185,20 @@ def _midpoints(center: np.ndarray, normal: np.ndarray, color: np.ndarray, typica
     return middle, turned.astype(np.float32), shade, row
 
 
-def discs(center: np.ndarray, normal: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Return ``[13 n, 3]`` points spread over discs of ``radius [n]``: what fills a grid without leaks."""
-    tangent = tangents(normal)
+def discs(center: np.ndarray, normal: np.ndarray, tangent: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Return ``[13 n, 3]`` points spread over flat ellipses of ``radii [n, 2]``: what fills a grid without leaks."""
     across = np.cross(normal, tangent)
     ring = [(0.0, 0.0)] + [(0.5, k) for k in np.arange(4) * np.pi / 2] + [(1.0, k) for k in np.arange(8) * np.pi / 4]
-    x = np.float32([r * np.cos(angle) for r, angle in ring])[:, None] * radius
-    y = np.float32([r * np.sin(angle) for r, angle in ring])[:, None] * radius
+    x = np.float32([r * np.cos(angle) for r, angle in ring])[:, None] * radii[:, 0]
+    y = np.float32([r * np.sin(angle) for r, angle in ring])[:, None] * radii[:, 1]
     return (center + x[..., None] * tangent + y[..., None] * across).reshape(-1, 3).astype(np.float32)
 
 
-def _openness(center: np.ndarray, normal: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _openness(center: np.ndarray, normal: np.ndarray, tangent: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return how open the side of the normal and the other side are, ``[n]`` each in 0..1, averaged along the surface."""
     size = float(np.ptp(center, axis=0).max())
     cell = max(1.1 * float(np.median(sigma)), size / 100)
-    grid = Occupancy(discs(center, normal, 1.9 * sigma), cell)
+    grid = Occupancy(discs(center, normal, tangent, 1.6 * sigma), cell)
     phase = (np.arange(len(center)) * 2.399963).astype(np.float32)
     sides = []
     for side in (normal, -normal):
@@ -218,6 +217,42 @@ def _openness(center: np.ndarray, normal: np.ndarray, sigma: np.ndarray) -> tupl
     return front, back
 
 
+def _fit_to_edges(
+    center: np.ndarray, normal: np.ndarray, sigma: np.ndarray, points: np.ndarray, directions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make discs end where the surface turns away, so that edges are sharp and do not fray: new center, tangent, sigma ``[n, 2]``.
+
+    A neighbour that faces elsewhere bounds the disc by its own plane. On each axis of the disc the bounds on both sides give its new
+    middle and its new width; an opaque disc is seen as far as about 1.5 standard deviations. The bounding planes are those of the stored
+    ``points`` and their ``directions``: their normals are those of the faces.
+    """
+    reach = (1.5 * sigma)[:, None].astype(np.float32)
+    found = ops.knn(torch.from_numpy(center.astype(np.float32))[None], torch.from_numpy(points)[None], min(28, len(points)))
+    index = found.index[0].numpy()
+    other = directions[index]
+    cosine = (other * normal[:, None]).sum(2)
+    lean = other - cosine[..., None] * normal[:, None]  # the neighbour's normal within the plane of the disc
+    length = np.maximum(np.linalg.norm(lean, axis=2), 1e-6)
+    difference = points[index] - center[:, None]
+    signed = (other * difference).sum(2) / length
+    toward = lean / length[..., None] * np.sign(signed)[..., None]
+    bound = np.where(np.abs(cosine) < 0.6, np.abs(signed), np.inf)
+    bound = np.where(np.linalg.norm(difference, axis=2) < 3.2 * reach, bound, np.inf)  # an edge far away bounds nothing here
+    nearest = bound.argmin(1)
+    rows = np.arange(len(center))
+    tangent = np.where(np.isfinite(bound[rows, nearest])[:, None], toward[rows, nearest], tangents(normal))
+    tangent = (tangent / np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+    shifted, widths = center.copy(), []
+    for axis in (tangent, np.cross(normal, tangent)):
+        along = (toward * axis[:, None]).sum(2)
+        ahead, behind = (
+            np.clip(np.where(side * along > 0.75, bound, np.inf).min(1), 0.3 * reach[:, 0], reach[:, 0]) for side in (1, -1)
+        )
+        widths.append((ahead + behind) / 3)
+        shifted = shifted + ((ahead - behind) / 2)[:, None] * axis
+    return shifted.astype(np.float32), tangent, np.stack(widths, 1).astype(np.float32)
+
+
 def prepare_object(row: int) -> Surfels:
     """Make the surfels of embedded object ``row``, in metres, its base at z = 0 and its middle at x = y = 0."""
     library = load_objects()
@@ -233,6 +268,7 @@ def prepare_object(row: int) -> Surfels:
     low, high = library.xyz[row].min(0).astype(np.float32) * scale, library.xyz[row].max(0).astype(np.float32) * scale
     center = center - np.float32([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
 
+    points, directions = center, normal
     distance, _ = neighbors(center, 5)
     typical = float(np.median(distance[:, 4]))
     sigma = np.clip(0.55 * distance[:, 4], 0.6 * 0.55 * typical, 1.6 * 0.55 * typical)
@@ -242,7 +278,8 @@ def prepare_object(row: int) -> Surfels:
         sigma = np.concatenate([sigma, sigma[parent]]) * np.float32(shrink[turn])
         center, normal, color = np.concatenate([center, middle]), np.concatenate([normal, turned]), np.concatenate([color, shade])
 
-    front, back = _openness(center, normal, sigma)
+    placed, tangent, widths = _fit_to_edges(center, normal, sigma, points, directions)
+    front, back = _openness(placed, normal, tangent, widths)
     flip = back > front
     normal = np.where(flip[:, None], -normal, normal)
     front, back = np.where(flip, back, front), np.where(flip, front, back)
@@ -250,7 +287,7 @@ def prepare_object(row: int) -> Surfels:
     keep = np.full(len(center), True) if leaves else front >= _INTERIOR
     solid = (back < _CLOSED) & (not leaves)
     surfels = Surfels(
-        center.astype(np.float32), normal.astype(np.float32), tangents(normal), np.stack([sigma, sigma], 1).astype(np.float32),
+        placed, normal.astype(np.float32), tangent, widths,
         color.astype(np.float32), solid, np.zeros(len(center), dtype=bool), front.astype(np.float32),
     )  # fmt: skip
     return surfels[keep]
