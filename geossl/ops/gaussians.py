@@ -317,5 +317,3 @@ def _reference_composite(
 
 
 _REFERENCE = native.Pipeline(reference.project, reference.bin_tiles, _reference_composite)
-if not hasattr(native, "PIPELINE"):  # until the kernels are there
-    native.PIPELINE = _REFERENCE

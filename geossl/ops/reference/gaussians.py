@@ -66,7 +66,7 @@ def project(
     view = viewmats[:, :, None, :3, :3]
     p = (view @ means[:, None, :, :, None])[..., 0] + viewmats[:, :, None, :3, 3]
     fx, fy, cx, cy = (Ks[..., i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    keep = valid[:, None] & (p[..., 2] >= near_plane) & (p[..., 2] <= far_plane) & p.isfinite().all(-1)
+    keep = valid[:, None] & (p[..., 2] > 0) & (p[..., 2] >= near_plane) & (p[..., 2] <= far_plane) & p.isfinite().all(-1)
     x, y, z = torch.where(keep[..., None], p, 1.0).unbind(-1)
     u, v = fx * x / z + cx, fy * y / z + cy
     # The Jacobian is taken at a point clamped to a little outside the image: far outside, the approximation would explode.
