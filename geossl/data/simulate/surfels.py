@@ -170,7 +170,7 @@ def _midpoints(center: np.ndarray, normal: np.ndarray, color: np.ndarray, typica
     same = (normal[row] * normal[other]).sum(1)
     off = np.maximum(np.abs((difference * normal[row]).sum(1)), np.abs((difference * normal[other]).sum(1)))
     keep = (row < other) | ~(index[other] == row[:, None]).any(1)  # each pair once
-    keep &= (np.abs(same) > 0.77) & (off < 0.3 * gap) & (gap < 1.25 * typical) & (gap > 0.2 * typical)
+    keep &= (np.abs(same) > 0.77) & (off < 0.3 * gap) & (gap < 1.45 * typical) & (gap > 0.2 * typical)
     row, other, same = row[keep], other[keep], same[keep]
     middle = 0.5 * (center[row] + center[other])
     cells = np.floor(middle / (0.42 * typical)).astype(np.int64)  # thin out midpoints that nearly coincide
@@ -207,7 +207,7 @@ def _openness(center: np.ndarray, normal: np.ndarray, tangent: np.ndarray, sigma
         sides.append(grid.free(start, ray, 0.7 * cell, _REACH * size, 0.9 * cell).reshape(-1, _RAYS).mean(1))
     _, index = neighbors(center, 12)
     front, back = sides
-    for _ in range(2):
+    for _ in range(4):
         same = (normal[index] * normal[:, None]).sum(2)  # a neighbour that looks the other way swaps its sides
         weight = np.maximum(np.abs(same) - 0.5, 0.0)
         ahead = np.where(same > 0, front[index], back[index])
@@ -240,16 +240,27 @@ def _fit_to_edges(
     bound = np.where(np.linalg.norm(difference, axis=2) < 3.2 * reach, bound, np.inf)  # an edge far away bounds nothing here
     nearest = bound.argmin(1)
     rows = np.arange(len(center))
-    tangent = np.where(np.isfinite(bound[rows, nearest])[:, None], toward[rows, nearest], tangents(normal))
+
+    gap, near = neighbors(center, 16)
+    offset = center[near] - center[:, None]
+    height = np.abs((offset * normal[:, None]).sum(2))
+    level = height < 0.5 * reach
+    offset = offset - (offset * normal[:, None]).sum(2, keepdims=True) * normal[:, None]
+    mean = (level[..., None] * offset).sum(1) / np.maximum(level.sum(1, keepdims=True), 1)
+    # Axes of the disc: across the nearest bound, else away from where the neighbours are.
+    lopsided = np.linalg.norm(mean, axis=1) > 0.2 * reach[:, 0]
+    tangent = np.where(np.isfinite(bound[rows, nearest])[:, None], toward[rows, nearest], np.where(lopsided[:, None], mean, tangents(normal)))
     tangent = (tangent / np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-6)).astype(np.float32)
     shifted, widths = center.copy(), []
     for axis in (tangent, np.cross(normal, tangent)):
-        along = (toward * axis[:, None]).sum(2)
-        ahead, behind = (
-            np.clip(np.where(side * along > 0.75, bound, np.inf).min(1), 0.3 * reach[:, 0], reach[:, 0]) for side in (1, -1)
-        )
-        widths.append((ahead + behind) / 3)
-        shifted = shifted + ((ahead - behind) / 2)[:, None] * axis
+        along, step = (toward * axis[:, None]).sum(2), (offset * axis[:, None]).sum(2)
+        ends = []
+        for side in (1, -1):
+            end = np.clip(np.where(side * along > 0.75, bound, np.inf).min(1), 0.3 * reach[:, 0], reach[:, 0])
+            goes_on = (height < 1.5 * reach) & (side * step > 0.3 * reach) & (side * step > 0.7 * np.linalg.norm(offset, axis=2)) & (gap < 2.6 * reach)
+            ends.append(np.where(goes_on.any(1), end, np.minimum(end, 0.45 * reach[:, 0])))  # the surface ends where no neighbour follows
+        widths.append((ends[0] + ends[1]) / 3)
+        shifted = shifted + ((ends[0] - ends[1]) / 2)[:, None] * axis
     return shifted.astype(np.float32), tangent, np.stack(widths, 1).astype(np.float32)
 
 
@@ -272,7 +283,7 @@ def prepare_object(row: int) -> Surfels:
     distance, _ = neighbors(center, 5)
     typical = float(np.median(distance[:, 4]))
     sigma = np.clip(0.55 * distance[:, 4], 0.6 * 0.55 * typical, 1.6 * 0.55 * typical)
-    rounds, shrink = (2, (0.88, 0.74)) if typical > 0.022 else (1, (0.88,)) if typical > 0.011 else (0, ())
+    rounds, shrink = (2, (1.0, 0.9)) if typical > 0.022 else (1, (1.0,)) if typical > 0.011 else (0, ())
     for turn in range(rounds):
         middle, turned, shade, parent = _midpoints(center, normal, color, typical if turn == 0 else 0.72 * typical)
         sigma = np.concatenate([sigma, sigma[parent]]) * np.float32(shrink[turn])
