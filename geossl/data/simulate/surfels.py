@@ -264,6 +264,17 @@ def _fit_to_edges(
     return shifted.astype(np.float32), tangent, np.stack(widths, 1).astype(np.float32)
 
 
+def _covered(center: np.ndarray, normal: np.ndarray, reach: np.ndarray, far: float) -> np.ndarray:
+    """Return ``[n]`` bool: another layer lies close before the surfel (a blanket over a mattress), so that it is never seen."""
+    _, index = neighbors(center, 20)
+    difference = center[index] - center[:, None]
+    height = (difference * normal[:, None]).sum(2)
+    aside = np.linalg.norm(difference - height[..., None] * normal[:, None], axis=2)
+    parallel = np.abs((normal[index] * normal[:, None]).sum(2)) > 0.8
+    above = (height > np.maximum(0.004, 0.1 * reach)[:, None]) & (height < far) & (aside < 0.8 * reach[:, None])
+    return (above & parallel).sum(1) >= 2
+
+
 def prepare_object(row: int) -> Surfels:
     """Make the surfels of embedded object ``row``, in metres, its base at z = 0 and its middle at x = y = 0."""
     library = load_objects()
@@ -279,29 +290,34 @@ def prepare_object(row: int) -> Surfels:
     low, high = library.xyz[row].min(0).astype(np.float32) * scale, library.xyz[row].max(0).astype(np.float32) * scale
     center = center - np.float32([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
 
-    points, directions = center, normal
+    leaves = str(library.classes[library.label[row]]) == "plant" if library.label[row] >= 0 else False
     distance, _ = neighbors(center, 5)
     typical = float(np.median(distance[:, 4]))
     sigma = np.clip(0.55 * distance[:, 4], 0.6 * 0.55 * typical, 1.6 * 0.55 * typical)
-    rounds, shrink = (2, (1.0, 0.9)) if typical > 0.022 else (1, (1.0,)) if typical > 0.011 else (0, ())
-    for turn in range(rounds):
-        middle, turned, shade, parent = _midpoints(center, normal, color, typical if turn == 0 else 0.72 * typical)
-        sigma = np.concatenate([sigma, sigma[parent]]) * np.float32(shrink[turn])
-        center, normal, color = np.concatenate([center, middle]), np.concatenate([normal, turned]), np.concatenate([color, shade])
 
-    placed, tangent, widths = _fit_to_edges(center, normal, sigma, points, directions)
+    # Which side is outside, and what is never seen, is settled for the stored points; what is put between them inherits it.
+    placed, tangent, widths = _fit_to_edges(center, normal, sigma, center, normal)
     front, back = _openness(placed, normal, tangent, widths)
     flip = back > front
     normal = np.where(flip[:, None], -normal, normal)
     front, back = np.where(flip, back, front), np.where(flip, front, back)
-    leaves = str(library.classes[library.label[row]]) == "plant" if library.label[row] >= 0 else False
-    keep = np.full(len(center), True) if leaves else front >= _INTERIOR
-    solid = (back < _CLOSED) & (not leaves)
-    surfels = Surfels(
-        placed, normal.astype(np.float32), tangent, widths,
-        color.astype(np.float32), solid, np.zeros(len(center), dtype=bool), front.astype(np.float32),
+    if not leaves:
+        hidden = (front < _INTERIOR) | _covered(center, normal, np.maximum(1.5 * sigma, 0.01), 0.9 * float(np.median(sigma)))
+        if hidden.mean() < 0.8:
+            center, normal, color, sigma, front, back = (values[~hidden] for values in (center, normal, color, sigma, front, back))
+
+    points, directions = center, normal
+    rounds, shrink = (2, (1.0, 0.9)) if typical > 0.045 else (1, (0.95,)) if typical > 0.014 else (0, ())
+    for turn in range(rounds):
+        middle, turned, shade, parent = _midpoints(center, normal, color, typical if turn == 0 else 0.72 * typical)
+        sigma = np.concatenate([sigma, sigma[parent]]) * np.float32(shrink[turn])
+        center, normal, color = np.concatenate([center, middle]), np.concatenate([normal, turned]), np.concatenate([color, shade])
+        front, back = np.concatenate([front, front[parent]]), np.concatenate([back, back[parent]])
+    placed, tangent, widths = _fit_to_edges(center, normal, sigma, points, directions)
+    return Surfels(
+        placed, normal.astype(np.float32), tangent, widths, color.astype(np.float32), (back < _CLOSED) & (not leaves),
+        np.zeros(len(center), dtype=bool), front.astype(np.float32),
     )  # fmt: skip
-    return surfels[keep]
 
 
 def cache_folder() -> Path:
