@@ -56,7 +56,9 @@ GEOSSL_INLINE void row_gradient(const Record<T>& r, const T* GEOSSL_RESTRICT dx,
   for (int l = 0; l < kTileSize; ++l) {
     const T sigma = (ha * dx[l] + slope) * dx[l] + offset, raw = opacity * exp_minus(sigma);
     T alpha = raw < kMaxAlpha<T> ? raw : kMaxAlpha<T>;
-    alpha = (sigma >= T(0)) & (alpha >= kMinAlpha<T>) & (last[l] >= number) ? alpha : T(0);
+    alpha = alpha >= kMinAlpha<T> ? alpha : T(0);  // one condition at a time: gcc does not vectorise their conjunction
+    alpha = sigma >= T(0) ? alpha : T(0);
+    alpha = last[l] >= number ? alpha : T(0);
     const T inverse = T(1) / (T(1) - alpha), before = rest[l] * inverse, w = alpha * before;
     const T dot = f0 * g0[l] + f1 * g1[l] + f2 * g2[l] + f3 * g3[l] + further[l];
     const T v_alpha = before * dot - s[l] * inverse, v_sigma = raw < kMaxAlpha<T> ? -alpha * v_alpha : T(0);

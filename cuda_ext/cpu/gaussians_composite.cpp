@@ -40,7 +40,8 @@ GEOSSL_INLINE void blend_row(const Record<T>& r, const T* GEOSSL_RESTRICT dx, T 
     const T sigma = (ha * dx[l] + slope) * dx[l] + offset;
     T alpha = opacity * exp_minus(sigma);
     alpha = alpha < kMaxAlpha<T> ? alpha : kMaxAlpha<T>;
-    alpha = (sigma >= T(0)) & (alpha >= kMinAlpha<T>) ? alpha : T(0);
+    alpha = alpha >= kMinAlpha<T> ? alpha : T(0);  // one condition at a time: gcc does not vectorise their conjunction
+    alpha = sigma >= T(0) ? alpha : T(0);
     const T before = rest[l], after = before * (T(1) - alpha), w = after <= kMinTransmittance<T> ? T(0) : alpha * before;
     rest[l] = after <= kMinTransmittance<T> ? -std::fabs(before) : after;
     last[l] = w > T(0) ? number : last[l];
