@@ -129,19 +129,29 @@ def _object_light(plan: Plan, objects: Surfels, instance: np.ndarray, lights: Li
         mine = (probes >= a) & (probes < b)
         chosen, value = probes[mine], found[mine]
         place, normal = objects.center[chosen], objects.normal[chosen]
-        _, near = neighbors(place, 10)
+        # What is tucked away is seldom seen, and its darkness must not blot its open neighbours.
+        trust = np.square(np.maximum(objects.openness[chosen], 0.05))
+        _, near = neighbors(place, 14)
         same = np.abs((normal[near] * normal[:, None]).sum(2))
-        weight = np.maximum(same - 0.7, 0) * np.where(objects.solid[chosen][near] == objects.solid[chosen][:, None], 1, 0.3)
-        value = (value + (weight[..., None] * value[near]).sum(1)) / (1 + weight.sum(1, keepdims=True))
+        weight = trust[near] * np.maximum(same - 0.7, 0) * np.where(objects.solid[chosen][near] == objects.solid[chosen][:, None], 1, 0.3)
+        mine_weight = 0.3 * trust[:, None]
+        for _ in range(2):
+            value = (mine_weight * value + (weight[..., None] * value[near]).sum(1)) / (mine_weight + weight.sum(1, keepdims=True))
         # Carry over among surfels that face the same way: the normal counts as a fourth to sixth coordinate.
         scale = np.float32(0.35 * max(0.2, float(np.ptp(place, axis=0).max())))
-        light[a:b] = _carry(place, normal, value, objects.center[a:b], objects.normal[a:b], scale)
+        light[a:b] = _carry(place, normal, trust, value, objects.center[a:b], objects.normal[a:b], scale)
     own = np.maximum(0.3, 0.35 + 0.65 * objects.openness)[:, None].astype(np.float32)
     return light * own
 
 
 def _carry(
-    places: np.ndarray, normals: np.ndarray, values: np.ndarray, targets: np.ndarray, directions: np.ndarray, scale: np.float32
+    places: np.ndarray,
+    normals: np.ndarray,
+    trust: np.ndarray,
+    values: np.ndarray,
+    targets: np.ndarray,
+    directions: np.ndarray,
+    scale: np.float32,
 ) -> np.ndarray:
     """Carry values over to the nearest places that face the same way."""
     import torch
@@ -151,7 +161,7 @@ def _carry(
     k = min(8, len(places))
     found = ops.knn(torch.from_numpy(targets)[None], torch.from_numpy(np.ascontiguousarray(places))[None], k)
     index, distance = found.index[0].numpy(), found.distance[0].numpy()
-    same = np.maximum((normals[index] * directions[:, None]).sum(2), 0.02) ** 3
+    same = np.maximum((normals[index] * directions[:, None]).sum(2), 0.02) ** 3 * trust[index]
     weight = same * np.exp(-distance / (2 * (0.12 * scale) ** 2 + 1e-9)) + 1e-6 * same
     return ((weight[..., None] * values[index]).sum(1) / weight.sum(1, keepdims=True)).astype(np.float32)
 

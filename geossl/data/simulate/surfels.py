@@ -214,7 +214,12 @@ def _openness(center: np.ndarray, normal: np.ndarray, tangent: np.ndarray, sigma
         behind = np.where(same > 0, back[index], front[index])
         total = 1 + weight.sum(1)
         front, back = (front + (weight * ahead).sum(1)) / total, (back + (weight * behind).sum(1)) / total
-    return front, back
+    bright = (np.abs((normal[index] * normal[:, None]).sum(2)) > 0.7) * np.maximum(front[index], back[index])
+    # Single points tucked into cracks would show as dark spots: lean towards what the open neighbours see.
+    lifted = (bright * bright).sum(1) / np.maximum(bright.sum(1), 1e-3)
+    return np.where(front >= back, np.maximum(front, 0.8 * lifted * (front > _INTERIOR)), front), np.where(
+        back > front, np.maximum(back, 0.8 * lifted * (back > _INTERIOR)), back
+    )
 
 
 def _fit_to_edges(
@@ -249,7 +254,9 @@ def _fit_to_edges(
     mean = (level[..., None] * offset).sum(1) / np.maximum(level.sum(1, keepdims=True), 1)
     # Axes of the disc: across the nearest bound, else away from where the neighbours are.
     lopsided = np.linalg.norm(mean, axis=1) > 0.2 * reach[:, 0]
-    tangent = np.where(np.isfinite(bound[rows, nearest])[:, None], toward[rows, nearest], np.where(lopsided[:, None], mean, tangents(normal)))
+    tangent = np.where(
+        np.isfinite(bound[rows, nearest])[:, None], toward[rows, nearest], np.where(lopsided[:, None], mean, tangents(normal))
+    )
     tangent = (tangent / np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-6)).astype(np.float32)
     shifted, widths = center.copy(), []
     for axis in (tangent, np.cross(normal, tangent)):
@@ -257,7 +264,12 @@ def _fit_to_edges(
         ends = []
         for side in (1, -1):
             end = np.clip(np.where(side * along > 0.75, bound, np.inf).min(1), 0.3 * reach[:, 0], reach[:, 0])
-            goes_on = (height < 1.5 * reach) & (side * step > 0.3 * reach) & (side * step > 0.7 * np.linalg.norm(offset, axis=2)) & (gap < 2.6 * reach)
+            goes_on = (
+                (height < 1.5 * reach)
+                & (side * step > 0.3 * reach)
+                & (side * step > 0.7 * np.linalg.norm(offset, axis=2))
+                & (gap < 2.6 * reach)
+            )
             ends.append(np.where(goes_on.any(1), end, np.minimum(end, 0.45 * reach[:, 0])))  # the surface ends where no neighbour follows
         widths.append((ends[0] + ends[1]) / 3)
         shifted = shifted + ((ends[0] - ends[1]) / 2)[:, None] * axis
