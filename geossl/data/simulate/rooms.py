@@ -29,6 +29,7 @@ from geossl.geometry import (
 )
 
 OPACITY = 0.995
+_NEAR = 0.1
 _MIXED = 0.02  # relative difference of depths above which a pixel shows more than one surface
 
 
@@ -87,6 +88,7 @@ class Room:
     seed: int
     number: int
     _normals: Tensor = field(repr=False)
+    _reach: Tensor = field(repr=False)  # the larger standard deviation, [n]
 
     def __len__(self) -> int:
         """Number of surfels."""
@@ -121,14 +123,13 @@ class Room:
             raise ValueError(f"Room.render: takes one camera, got world_to_cam {list(camera.world_to_cam.shape)}; select one, cameras[i]")
         width, height, k = camera.width, camera.height, camera.intrinsics.float()
         pose = camera.world_to_cam.float()
-        rows = self._seen(camera)
-        center = self.means[rows] @ pose[:3, :3].mT + pose[:3, 3]
+        rows, center = self._seen(camera)
         normal = self._normals[rows] @ pose[:3, :3].mT
         plane = _inverse_depth_planes(center, normal, k, width, height)
         features = torch.cat([self.colors[rows], plane], 1)
         image, alpha, meta = ops.rasterize_gaussians(
             self.means[rows], self.quats[rows], self.scales[rows], self.means.new_full((len(rows),), OPACITY), features, pose[None], k[None],
-            width, height, near_plane=0.1, with_ids=True, backend=backend,
+            width, height, near_plane=_NEAR, with_ids=True, backend=backend,
         )  # fmt: skip
         image, alpha, largest = image[0], alpha[0], meta["largest_id"][0].long()
         seen = alpha[..., 0] > 0.5
@@ -144,12 +145,23 @@ class Room:
         instance = torch.where(seen, self.instance[rows][first], -1)
         return View(camera, (image[..., :3] / share).clamp(0, 1) * seen[..., None], depth, instance, seen & ~mixed & (depth > 0))
 
-    def _seen(self, camera: Cameras) -> Tensor:
-        """Return the rows of surfels before the camera whose visible side faces it."""
-        to = camera.centers.float() - self.means
-        facing = (self._normals * to).sum(1)
-        forward = camera.world_to_cam[2, :3].float()
-        return (((facing > 0) | ~self.solid) & ((to @ forward) < -0.05)).nonzero()[:, 0]
+    def _seen(self, camera: Cameras) -> tuple[Tensor, Tensor]:
+        """Return the rows of the surfels that can be in the picture, and their centres in the camera's frame."""
+        pose, k = camera.world_to_cam.float(), camera.intrinsics.float()
+        center = torch.addmm(pose[:3, 3], self.means, pose[:3, :3].mT)
+        x, y, z = center.unbind(1)
+        margin = 4 * self._reach
+        bounds = [
+            (x, -float(k[0, 2] / k[0, 0]), float((camera.width - k[0, 2]) / k[0, 0])),
+            (y, -float(k[1, 2] / k[1, 1]), float((camera.height - k[1, 2]) / k[1, 1])),
+        ]
+        inside = z > _NEAR
+        for values, low, high in bounds:  # a splat is cut off at less than 4 standard deviations
+            inside &= (values - low * z > -margin * math.hypot(1, low)) & (values - high * z < margin * math.hypot(1, high))
+        rows = inside.nonzero()[:, 0]
+        facing = ((camera.centers.float() - self.means[rows]) * self._normals[rows]).sum(1) > 0
+        kept = facing | ~self.solid[rows]
+        return rows[kept], center[rows[kept]]
 
     def visible_counts(self, view: View) -> Tensor:
         """Return how many pixels of each object a view shows, ``[objects]`` int64."""
@@ -220,6 +232,7 @@ def build_room(
         seed=seed,
         number=number,
         _normals=normals,
+        _reach=sigma.amax(1),
     )
 
 
