@@ -56,16 +56,12 @@ void find_spans(const Image<T>& image, const int32_t* rows, int64_t count, std::
     const int32_t row = rows[i];
     const T *mean = image.means2d + 2 * int64_t{row}, *conic = image.conics + 3 * int64_t{row};
     const Ellipse<T> ellipse(mean[0], mean[1], conic[0], conic[1], conic[2], image.opacities[row]);
-    int first, end, place = 0;
-    ellipse.tile_rows(image.height, first, end);
-    for (int y = first; y < end; ++y) {
-      int left, right;
-      ellipse.tile_columns(y, image.width, image.height, left, right);
-      if (left >= right) continue;
+    int32_t place = 0;
+    ellipse.for_tile_rows(image.width, image.height, [&](int y, int left, int right) {
       spans.push_back({row, y * image.across + left, right - left, place});
       place += right - left;
       for (int x = left; x < right; ++x) ++entries[y * image.across + x];
-    }
+    });
   }
 }
 

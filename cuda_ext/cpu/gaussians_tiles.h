@@ -80,8 +80,8 @@ GEOSSL_INLINE bool reached_rows(const Record<T>& r, T x, T y, int low, int high,
   high_root = high_root > T(0) ? high_root : T(0), low_root = low_root > T(0) ? low_root : T(0);
   const T high_y = std::sqrt(high_root) - r.b_c * top, low_y = -std::sqrt(low_root) - r.b_c * bottom, base = r.v - y;
   // Truncation of a number that is not negative rounds down: the first row is at or under the exact one.
-  first = clamped_int(base + low_y - r.slack + T(1), low, high);
-  end = clamped_int(base + high_y + r.slack + T(1), low, high);
+  first = clamped_floor(base + low_y - r.slack + T(1), low, high);
+  end = clamped_floor(base + high_y + r.slack + T(1), low, high);
   return first < end;
 }
 

@@ -20,25 +20,26 @@ constexpr T kMinTransmittance = T(1e-4);  // a pixel ends before the Gaussian th
 
 GEOSSL_HD float square_root(float x) { return sqrtf(x); }
 GEOSSL_HD double square_root(double x) { return sqrt(x); }
-GEOSSL_HD float round_up(float x) { return ceilf(x); }
-GEOSSL_HD double round_up(double x) { return ceil(x); }
-GEOSSL_HD float round_down(float x) { return floorf(x); }
-GEOSSL_HD double round_down(double x) { return floor(x); }
 template <class T>
 GEOSSL_HD T between(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
 }
-// For numbers that may be anything: NaN becomes the lower bound.
+// For numbers that may be anything, with low >= 0: NaN becomes the lower bound. Without the functions of libm, which are calls.
 template <class T>
-GEOSSL_HD int clamped_int(T x, int low, int high) {
+GEOSSL_HD int clamped_floor(T x, int low, int high) {
   return x > T(low) ? (x < T(high) ? static_cast<int>(x) : high) : low;
+}
+template <class T>
+GEOSSL_HD int clamped_ceil(T x, int low, int high) {
+  const int down = clamped_floor(x, low, high);
+  return down + static_cast<int>(down < high && T(down) < x);
 }
 
 // exp(-s) for s >= 0, to 4e-7 for the s <= 5.6 that matter here; anything for other s. Half the work of exponential().
 GEOSSL_HD float exp_minus(float s) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
   float y = s * -1.44269504f;
-  y = y < -126.0f ? -126.0f : y;
+  y = y < -64.0f ? -64.0f : y;  // far above the denormal numbers, which are slow
   const float shifted = y + kRound, f = y - (shifted - kRound);
   float p = 1.3276471e-3f;
   p = p * f + 9.6755410e-3f;
@@ -121,7 +122,8 @@ struct Shape {
       for (int i = 0; i < 4; ++i) unit[i] /= root;
       length = largest * root;
     } else {
-      for (int i = 0; i < 4; ++i) unit[i] = quat[i] / length;
+      const T inverse = T(1) / length;
+      for (int i = 0; i < 4; ++i) unit[i] = quat[i] * inverse;
     }
     for (int i = 0; i < 3; ++i) {
       scale[i] = scales[i];
@@ -208,8 +210,8 @@ struct Projection {
     const T log2 = T(2) * quick_log(T(255) * out.opacity);
     T k = square_root(log2 > T(0) ? log2 : T(0));
     k = k < T(3.33) ? k : T(3.33);
-    const T rx = round_up(k * square_root(xx)), ry = round_up(k * square_root(yy));
-    out.rx = clamped_int(rx, 0, 1 << 30), out.ry = clamped_int(ry, 0, 1 << 30);
+    out.rx = clamped_ceil(k * square_root(xx), 0, 1 << 30), out.ry = clamped_ceil(k * square_root(yy), 0, 1 << 30);
+    const T rx = T(out.rx), ry = T(out.ry);
     return (rx > cam.radius_clip || ry > cam.radius_clip) && out.u + rx > T(0) && out.u - rx < cam.width && out.v + ry > T(0) &&
            out.v - ry < cam.height && out.a > T(0) && out.c > T(0) && out.a - out.a == T(0) && out.c - out.c == T(0);
   }
@@ -311,28 +313,26 @@ struct Ellipse {
   T u, v, slack;
   T b_c, q_c, det_cc, turn_x;  // ey = -b/c ex +- sqrt(q/c - ex^2 det/c^2), largest at ex = turn_x
   T b_a, q_a, det_aa, turn_y;
-  T reach_y;
+  T reach_x, reach_y;
 
   GEOSSL_HD Ellipse(T u_, T v_, T a, T b, T c, T opacity) : u(u_), v(v_) {
     const T log2 = T(2) * quick_log(T(255) * opacity), q = (log2 > T(0) ? log2 : T(0)) * T(1.0001) + T(1e-4);
     const double product = static_cast<double>(a) * static_cast<double>(c);
     double exact = product - static_cast<double>(b) * static_cast<double>(b);
     exact = exact > 1e-12 * product ? exact : 1e-12 * product;
-    const T det = static_cast<T>(exact), inverse_a = T(1) / a, inverse_c = T(1) / c;
+    const T det = static_cast<T>(exact), inverse_a = T(1) / a, inverse_c = T(1) / c, extent = q / det;
     slack = T(1e-3) + T(1e-6) * ((u < 0 ? -u : u) + (v < 0 ? -v : v));
     b_a = b * inverse_a, b_c = b * inverse_c;
     q_a = q * inverse_a, q_c = q * inverse_c;
     det_aa = det * inverse_a * inverse_a, det_cc = det * inverse_c * inverse_c;
-    reach_y = square_root(q * a / det);
-    turn_x = -b_a * reach_y;
-    turn_y = -b_c * square_root(q * c / det);
+    reach_x = square_root(extent * c), reach_y = square_root(extent * a);
+    turn_x = -b_a * reach_y, turn_y = -b_c * reach_x;
   }
 
-  // Tile rows [first, end).
-  GEOSSL_HD void tile_rows(int height, int& first, int& end) const {
-    const int low = clamped_int(round_up(v - reach_y - slack - T(0.5)), 0, height);
-    const int high = clamped_int(round_down(v + reach_y + slack - T(0.5)) + T(1), 0, height);
-    first = low / kTileSize, end = low < high ? (high + kTileSize - 1) / kTileSize : first;
+  // Pixels whose centres lie between, as tiles [first, end).
+  GEOSSL_HD static void tiles_between(T low, T high, int size, int& first, int& end) {
+    const int from = clamped_ceil(low - T(0.5), 0, size), to = clamped_floor(high + T(0.5), 0, size);
+    first = from / kTileSize, end = from < to ? (to + kTileSize - 1) / kTileSize : first;
   }
   // Tile columns [first, end) that it reaches in a tile row.
   GEOSSL_HD void tile_columns(int row, int width, int height, int& first, int& end) const {
@@ -341,22 +341,28 @@ struct Ellipse {
     const T right_y = between(turn_y, low, high), left_y = between(-turn_y, low, high);
     const T right = q_a - right_y * right_y * det_aa, left = q_a - left_y * left_y * det_aa;
     const T right_x = -b_a * right_y + square_root(right > T(0) ? right : T(0)), left_x = -b_a * left_y - square_root(left > T(0) ? left : T(0));
-    const int from = clamped_int(round_up(u + left_x - slack - T(0.5)), 0, width);
-    const int to = clamped_int(round_down(u + right_x + slack - T(0.5)) + T(1), 0, width);
-    first = from / kTileSize, end = from < to ? (to + kTileSize - 1) / kTileSize : first;
+    tiles_between(u + left_x - slack, u + right_x + slack, width, first, end);
+  }
+  // Calls f(row, first, end) for the tiles of every row. Most Gaussians are small: one row or column of tiles is known from the box.
+  template <class F>
+  GEOSSL_HD void for_tile_rows(int width, int height, F&& f) const {
+    int top, bottom, left, right;
+    tiles_between(v - reach_y - slack, v + reach_y + slack, height, top, bottom);
+    tiles_between(u - reach_x - slack, u + reach_x + slack, width, left, right);
+    if (left >= right) return;
+    const bool box = bottom - top == 1 || right - left == 1;
+    for (int row = top; row < bottom; ++row) {
+      int first = left, end = right;
+      if (!box) tile_columns(row, width, height, first, end);
+      if (first < end) f(row, first, end);
+    }
   }
 };
 
 template <class T>
 GEOSSL_HD int count_tiles(const Splat<T>& s, int width, int height) {
-  const Ellipse<T> ellipse(s.u, s.v, s.a, s.b, s.c, s.opacity);
-  int first, end, total = 0;
-  ellipse.tile_rows(height, first, end);
-  for (int row = first; row < end; ++row) {
-    int left, right;
-    ellipse.tile_columns(row, width, height, left, right);
-    total += right - left;
-  }
+  int total = 0;
+  Ellipse<T>(s.u, s.v, s.a, s.b, s.c, s.opacity).for_tile_rows(width, height, [&](int, int first, int end) { total += end - first; });
   return total;
 }
 
