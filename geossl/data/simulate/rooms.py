@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,20 +15,14 @@ from geossl.data.simulate.light import bake, draw_lights
 from geossl.data.simulate.room_plan import Plan, RoomError, make_plan
 from geossl.data.simulate.shell import make_shell
 from geossl.data.simulate.surfels import FLATNESS, Surfels, object_surfels
-from geossl.errors import DataError
 from geossl.geometry import (
     Cameras,
     back_project,
-    box_corners,
-    intrinsics_from_fov,
-    look_at,
     matrix_to_quaternion,
     pixel_centers,
-    project,
-    quaternion_to_matrix,
 )
 
-OPACITY = 0.995
+OPACITY = 0.999
 _NEAR = 0.1
 _MIXED = 0.02  # relative difference of depths above which a pixel shows more than one surface
 
@@ -124,11 +118,11 @@ class Room:
         width, height, k = camera.width, camera.height, camera.intrinsics.float()
         pose = camera.world_to_cam.float()
         rows, center = self._seen(camera)
-        normal = self._normals[rows] @ pose[:3, :3].mT
+        normal = self._normals.index_select(0, rows) @ pose[:3, :3].mT
         plane = _inverse_depth_planes(center, normal, k, width, height)
-        features = torch.cat([self.colors[rows], plane], 1)
+        features = torch.cat([self.colors.index_select(0, rows), plane], 1)
         image, alpha, meta = ops.rasterize_gaussians(
-            self.means[rows], self.quats[rows], self.scales[rows], self.means.new_full((len(rows),), OPACITY), features, pose[None], k[None],
+            self.means.index_select(0, rows), self.quats.index_select(0, rows), self.scales.index_select(0, rows), self.means.new_full((len(rows),), OPACITY), features, pose[None], k[None],
             width, height, near_plane=_NEAR, with_ids=True, backend=backend,
         )  # fmt: skip
         image, alpha, largest = image[0], alpha[0], meta["largest_id"][0].long()
@@ -137,12 +131,12 @@ class Room:
         offset = pixel_centers(height, width) - torch.tensor([width / 2, height / 2])
         pixel = torch.cat([offset, torch.ones(height, width, 1)], -1)
         blended = (image[..., 3:] / share * pixel).sum(-1)
-        first = largest.clamp(min=0)
-        top = (plane[first] * pixel).sum(-1)
+        first = largest.clamp(min=0).flatten()
+        top = (plane.index_select(0, first).view(height, width, 3) * pixel).sum(-1)
         mixed = ~((blended - top).abs() < _MIXED * top)
         inverse = torch.where(mixed, top, blended)
         depth = torch.where(seen & (inverse > 1e-3), 1 / inverse.clamp(min=1e-3), 0.0)
-        instance = torch.where(seen, self.instance[rows][first], -1)
+        instance = torch.where(seen, self.instance.index_select(0, rows.index_select(0, first)).view(height, width), -1)
         return View(camera, (image[..., :3] / share).clamp(0, 1) * seen[..., None], depth, instance, seen & ~mixed & (depth > 0))
 
     def _seen(self, camera: Cameras) -> tuple[Tensor, Tensor]:
@@ -159,9 +153,9 @@ class Room:
         for values, low, high in bounds:  # a splat is cut off at less than 4 standard deviations
             inside &= (values - low * z > -margin * math.hypot(1, low)) & (values - high * z < margin * math.hypot(1, high))
         rows = inside.nonzero()[:, 0]
-        facing = ((camera.centers.float() - self.means[rows]) * self._normals[rows]).sum(1) > 0
-        kept = facing | ~self.solid[rows]
-        return rows[kept], center[rows[kept]]
+        facing = ((camera.centers.float() - self.means.index_select(0, rows)) * self._normals.index_select(0, rows)).sum(1) > 0
+        rows = rows.index_select(0, (facing | ~self.solid.index_select(0, rows)).nonzero()[:, 0])
+        return rows, center.index_select(0, rows)
 
     def visible_counts(self, view: View) -> Tensor:
         """Return how many pixels of each object a view shows, ``[objects]`` int64."""
