@@ -8,8 +8,9 @@ radiance_grid(room).save(Path("grids"), "room_3")
 """
 
 from geossl.data.simulate.catalogue import room_classes
+from geossl.data.simulate.furnish import KINDS
 from geossl.data.simulate.grids import RadianceGrid, radiance_grid
-from geossl.data.simulate.room_plan import KINDS, Plan, RoomError
+from geossl.data.simulate.room_plan import Plan, RoomError
 from geossl.data.simulate.rooms import Room, View, build_room
 from geossl.data.simulate.sensor import SensorOptions, fuse_views, sense
 from geossl.data.simulate.surfels import Surfels, object_surfels

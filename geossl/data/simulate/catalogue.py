@@ -37,8 +37,10 @@ class Role:
     categories: tuple[str, ...] = ()
 
 
-_SMALL = {"placement": "on_top"}
-_LOUNGE = ("Living room", "Bedroom")
+def _small(classes: tuple[str, ...], *names: str, **more: tuple[float, float]) -> Role:
+    """Return the role of things that stand on others."""
+    return Role(classes, "|".join(names), "on_top", **more)  # type: ignore[arg-type]
+
 
 ROLES = {
     "bed": Role(("bed",), width=(1.25, 2.3), height=(0.5, 1.2)),
@@ -53,13 +55,15 @@ ROLES = {
     "coffee table": Role(("table",), "Coffee table|Table", width=(0.8, 1.5), height=(0.25, 0.55)),
     "side table": Role(("table", "storage"), "Round table|Table|Children table|Bedside table", width=(0.4, 0.75), height=(0.4, 0.76)),
     "tv stand": Role(("storage",), "TV stand|Dresser with drawers|Chest", width=(1.2, 1.7), height=(0.4, 0.85)),
-    "tv": Role(("electronics",), "TV|TV 16:9", **_SMALL, width=(0.5, 1.2)),  # type: ignore[arg-type]
+    "tv": _small(("electronics",), "TV|TV 16:9", width=(0.5, 1.2)),
     "wall tv": Role(("electronics",), "Wall flat TV", "wall"),
     "shelf": Role(("storage",), "Bookcase|Full bookcase|Vertical shelves|Shelves", width=(0.4, 2.6), height=(1.1, 2.3)),
     "narrow shelf": Role(("storage",), "Bookcase|Full bookcase|Vertical shelves|Shelves", width=(0.4, 1.05), height=(0.7, 2.3)),
     "piano": Role(("-",), "Upright piano|Fireplace|Aquarium"),
     "fireplace": Role(("appliance",), "Fireplace", height=(0.8, 1.3)),
-    "desk": Role(("table",), "Desk|Desk table|Wooden desk|Table on trestles|Table", width=(0.95, 1.65), depth=(0.5, 0.85), height=(0.65, 1.1)),
+    "desk": Role(
+        ("table",), "Desk|Desk table|Wooden desk|Table on trestles|Table", width=(0.95, 1.65), depth=(0.5, 0.85), height=(0.65, 1.1)
+    ),
     "office chair": Role(("chair",), "Chair|Armchair", categories=("Office",), width=(0.5, 0.7)),
     "chair": Role(("chair",), "Chair.*|Oak chair|Plastic chair|Osaka chair|Folding chair", width=(0.38, 0.6), height=(0.7, 1.2)),
     "dining table": Role(("table",), "(?!Coffee|Desk|Technical).*", width=(1.0, 1.95), depth=(0.7, 1.3), height=(0.7, 0.8)),
@@ -68,37 +72,43 @@ ROLES = {
     "floor plant": Role(("plant",), "(?!Christmas).*", width=(0.0, 1.1)),
     "tree": Role(("plant",), "Christmas tree"),
     "floor lamp": Role(("lamp",), "Lamp"),
-    "table lamp": Role(("lamp",), "Desk lamp|Lamp|Little lamp|Pedestal vase lamp|Japanese lantern", **_SMALL, height=(0.3, 0.8)),  # type: ignore[arg-type]
+    "table lamp": _small(("lamp",), "Desk lamp|Lamp|Little lamp|Pedestal vase lamp|Japanese lantern", height=(0.3, 0.8)),
     "ceiling lamp": Role(("lamp",), "Hanging light|Lamp|Pendant lamp|Ceiling lamp", "ceiling", height=(0.0, 0.9)),
     "ceiling fan": Role(("-",), "Ceiling fan", "ceiling"),
     "wall lamp": Role(("lamp",), "Wall light|Wall lamp artwork", "wall"),
     "clock": Role(("-",), "Cuckoo clock|Dart game", "wall"),
     "radiator": Role(("appliance",), "Radiator", "wall", height=(0.5, 0.9)),
     "air conditioner": Role(("appliance",), "Air conditioning.*", "wall"),
-    "laptop": Role(("electronics",), "Laptop|Apple i(Book|Mac.*)", **_SMALL),  # type: ignore[arg-type]
-    "desk things": Role(
+    "laptop": _small(
+        ("electronics",),
+        "Laptop|Apple i(Book|Mac.*)",
+    ),
+    "desk things": _small(
         ("electronics", "-", "vessel", "tool"),
-        "Phone|Inkjet.*|Radio|Penbox|Letter tray|Calendar|Book|Coffee mug|Globe|Newspaper|Speaker|Frame .*|Table fan|Clock", **_SMALL,  # type: ignore[arg-type]
+        "Phone|Inkjet.*|Radio|Penbox|Letter tray|Calendar|Book|Coffee mug|Globe|Newspaper|Speaker|Frame .*|Table fan|Clock",
     ),
-    "lounge things": Role(
+    "lounge things": _small(
         ("plant", "vessel", "-", "electronics"),
-        "Vase|Tulips|Flowers|Orchids|White lily|Bowl with fruits|Book|Chessboard|Teapot|Wine bottle|Candle|Bonsai tree|Newspaper|Radio|Old jar"
-        "|Plant|Deer|Coffee mug|TV remote control|Tray|Cactus|Little plant|Gift|Mini stereo|Aquarium", **_SMALL,  # type: ignore[arg-type]
+        "Vase|Tulips|Flowers|Orchids|White lily|Bowl with fruits|Book|Chessboard|Teapot|Wine bottle"
+        "|Candle|Bonsai tree|Newspaper|Radio|Old jar"
+        "|Plant|Deer|Coffee mug|TV remote control|Tray|Cactus|Little plant|Gift|Mini stereo|Aquarium",
     ),
-    "bedroom things": Role(
+    "bedroom things": _small(
         ("-", "electronics", "plant", "vehicle", "vessel"),
-        "Clock|Book|Teddy bear|Handbag|Hat|Cap|Toy train|Car model|Doll|Frame .*|Folded clothes|Radio|Vase|Flowers|Orchids|Rubik's cube|Gift",
-        **_SMALL,  # type: ignore[arg-type]
+        "Clock|Book|Teddy bear|Handbag|Hat|Cap|Toy train|Car model|Doll|Frame .*|Folded clothes|Radio|Vase|Flowers|Orchids"
+        "|Rubik's cube|Gift",
     ),
-    "kitchen things": Role(
+    "kitchen things": _small(
         ("appliance", "vessel", "-"),
-        "Blender|Boiler|Coffee (maker|brewer|press)|Mixer|Toaster|Microwave|Large pan|Bowl.*|Teapot|Bread box|Spice tower|Knife stand|Kitchen scale"
-        "|Utensils pot|Paper towel holder|Wine bottle|Old jar|Milk|Small oven|Coffee machine|Cooker", **_SMALL,  # type: ignore[arg-type]
+        "Blender|Boiler|Coffee (maker|brewer|press)|Mixer|Toaster|Microwave|Large pan|Bowl.*|Teapot|Bread box"
+        "|Spice tower|Knife stand|Kitchen scale"
+        "|Utensils pot|Paper towel holder|Wine bottle|Old jar|Milk|Small oven|Coffee machine|Cooker",
     ),
-    "dining things": Role(
+    "dining things": _small(
         ("vessel", "-", "plant"),
-        "Bowl with (fruits|salad)|Plate, glass(es)? and cutlery|Vase|Tulips|Flowers|Wine bottle|Roasted chicken|Birthday cake|Sushi tray|Teapot|Milk"
-        "|Beer glass|Apples|Bread", **_SMALL,  # type: ignore[arg-type]
+        "Bowl with (fruits|salad)|Plate, glass(es)? and cutlery|Vase|Tulips|Flowers"
+        "|Wine bottle|Roasted chicken|Birthday cake|Sushi tray|Teapot|Milk"
+        "|Beer glass|Apples|Bread",
     ),
     "lower cabinet": Role(("storage",), "(Small )?[Ll]ower cabinet|Drawers cabinet", depth=(0.6, 0.65), height=(0.85, 0.9)),
     "upper cabinet": Role(("storage",), "(Small )?[Uu]pper cabinet|Glass door cabinet|Upper shelves cabinet", "wall"),
@@ -114,19 +124,31 @@ ROLES = {
     "washbasin": Role(("bath_fixture",), "Washbasin|Vanity|Double vanity", width=(0.5, 1.9)),
     "towel rack": Role(("-",), "Towel rack|Towel", "wall"),
     "bathroom floor": Role(("-", "vessel", "tool"), "Clothes basket|Bullet trash can|Stool|Shopping basket|Dustbin", height=(0.3, 0.8)),
-    "bathroom things": Role(("-", "vessel", "plant"), "Towel|Soap|Flacon|Bottle|Cosmetics pot|Medicine bottle|Cactus|Orchids", **_SMALL),  # type: ignore[arg-type]
+    "bathroom things": _small(
+        ("-", "vessel", "plant"),
+        "Towel|Soap|Flacon|Bottle|Cosmetics pot|Medicine bottle|Cactus|Orchids",
+    ),
     "toys": Role(("-", "vehicle"), "Rocking horse|Tricycle|Soccer ball|Basketball|Open cardboard box|Xylophone|Doll house|Skateboard"),
     "floor things": Role(
         ("-", "vessel"),
-        "Backpack|Suitcase|Trunck|Cardboard box|Briefcase|Vase|Electric guitar|Puff|Stool|Cat|Dog|Bulldog|Crate|Piano bench|Recycling bin|Box",
-        width=(0.1, 1.05), height=(0.2, 1.2),
+        "Backpack|Suitcase|Trunck|Cardboard box|Briefcase|Vase|Electric guitar|Puff|Stool"
+        "|Cat|Dog|Bulldog|Crate|Piano bench|Recycling bin|Box",
+        width=(0.1, 1.05),
+        height=(0.2, 1.2),
     ),
     "bin": Role(("vessel",), "Dustbin|Bullet trash can|Recycling bin"),
-    "big game": Role(("-",), "Pool table|Football table|Table tennis|Flipper|Upright piano|Indoor bike|Treadmill|Punching ball|Clothes horse"),
+    "big game": Role(
+        ("-",), "Pool table|Football table|Table tennis|Flipper|Upright piano|Indoor bike|Treadmill|Punching ball|Clothes horse"
+    ),
     "workbench": Role(("table",), "Workbench|Technical table"),
-    "garage things": Role(("-", "storage", "vessel", "vehicle"), "(Step|Small step) ladder|Extinguisher|Crate|Barrel|Box|Wood logs|Cardboard box|Stroller"),
-    "tools": Role(("tool", "-", "vessel"), "Drill|Saw|Hammer|Grinder|Screwdriver|Radio|Spray bottle|Helmet", **_SMALL),  # type: ignore[arg-type]
-}  # fmt: skip
+    "garage things": Role(
+        ("-", "storage", "vessel", "vehicle"), "(Step|Small step) ladder|Extinguisher|Crate|Barrel|Box|Wood logs|Cardboard box|Stroller"
+    ),
+    "tools": _small(
+        ("tool", "-", "vessel"),
+        "Drill|Saw|Hammer|Grinder|Screwdriver|Radio|Spray bottle|Helmet",
+    ),
+}
 
 
 @functools.cache

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from geossl.config import require
 from geossl.data.files import atomic_write
 from geossl.data.simulate.rooms import Room
-from geossl.data.simulate.surfels import discs
+from geossl.data.simulate.surfels import discs, f32
 from geossl.errors import DataError
 from geossl.geometry import quaternion_to_matrix
 
@@ -43,9 +43,10 @@ class RadianceGrid:
 
     def save(self, root: Path, scene: str) -> None:
         """Write ``features/<scene>.npz`` and ``obb/<scene>.npy`` under ``root``."""
-        arrays = {
-            "rgbsigma": self.rgbsigma, "resolution": np.array(self.rgbsigma.shape[:3]), "bbox_min": self.bbox_min, "bbox_max": self.bbox_max,
-            "scale": np.float32(1), "offset": np.zeros(3, dtype=np.float32), "from_mitsuba": np.array(False),
+        arrays: dict[str, Any] = {
+            "rgbsigma": self.rgbsigma, "resolution": np.array(self.rgbsigma.shape[:3]), "bbox_min": self.bbox_min,
+            "bbox_max": self.bbox_max,
+            "scale": f32(1), "offset": np.zeros(3, dtype=np.float32), "from_mitsuba": np.array(False),
             "density_type": np.array(self.density_type),
         }  # fmt: skip
         atomic_write(root / "features" / f"{scene}.npz", lambda file: np.savez_compressed(file, **arrays))
@@ -86,8 +87,8 @@ def radiance_grid(room: Room, resolution: int = 160, density_type: Literal["log"
     colors = np.repeat(room.colors.numpy(), 13, axis=0)[inside[order]]
     total = int(shape.prod())
     covered = np.bincount(cells, weights, total)
-    mean = np.stack([np.bincount(cells, weights * colors[:, channel], total) for channel in range(3)], 1)
-    mean /= np.maximum(covered, 1e-12)[:, None]
+    summed = np.stack([np.bincount(cells, weights * colors[:, channel], total) for channel in range(3)], 1)
+    mean = summed / np.maximum(covered, 1e-12)[:, None]
     alpha = np.minimum(1 - np.exp(-1.5 * covered / edge**2), 0.999)
     filled = covered > 0.02 * edge**2
     density = np.where(filled, np.log(-100 * np.log1p(-np.where(filled, alpha, 0.5))), EMPTY) if density_type == "log" else alpha * filled

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geossl.data.simulate.room_plan import Plan
-from geossl.data.simulate.surfels import Occupancy, Surfels, discs, hemisphere, neighbors, srgb
+from geossl.data.simulate.surfels import Occupancy, Surfels, discs, f32, hemisphere, neighbors, srgb
 
 _CELL = 0.06  # of the grid of furniture that light rays cross
 _AMBIENT_RAYS, _AMBIENT_REACH = 16, 0.55
@@ -31,30 +31,30 @@ class Lights:
 
 def draw_lights(plan: Plan, rng: np.random.Generator) -> Lights:
     """Draw the lights of a room: by day with or without sun, or in the evening by lamps."""
-    warm = np.float32([1.0, rng.uniform(0.84, 0.96), rng.uniform(0.62, 0.88)])
-    cool = np.float32([rng.uniform(0.86, 1.0), rng.uniform(0.94, 1.0), 1.05])
+    warm = f32([1.0, rng.uniform(0.84, 0.96), rng.uniform(0.62, 0.88)])
+    cool = f32([rng.uniform(0.86, 1.0), rng.uniform(0.94, 1.0), 1.05])
     evening = rng.random() < 0.2
     w, d, h = plan.size
     lamps = [(i.x, i.y, i.z - 0.02) for i in plan.items if i.role == "ceiling lamp"] or [(w / 2, d / 2, h - 0.1)]
     small = [(i.x, i.y, i.top - 0.1) for i in plan.items if i.role in ("table lamp", "floor lamp", "wall lamp")]
     lit = evening or rng.random() < 0.45
-    level = np.float32(rng.uniform(0.85, 1.15))
+    level = f32(rng.uniform(0.85, 1.15))
     angle, height = rng.uniform(-1.0, 1.0), rng.uniform(0.45, 1.0)
     sun = np.zeros(3, dtype=np.float32)
-    direction = np.float32([0, 0, 1])
+    direction = f32([0, 0, 1])
     if plan.windows and not evening and rng.random() < 0.55:
         inward = plan.walls[plan.windows[0].wall].inward
         turned = (inward[0] * np.cos(angle) - inward[1] * np.sin(angle), inward[0] * np.sin(angle) + inward[1] * np.cos(angle))
-        direction = np.float32([-turned[0], -turned[1], height])
+        direction = f32([-turned[0], -turned[1], height])
         direction /= np.linalg.norm(direction)
-        sun = np.float32(rng.uniform(1.3, 2.1)) * np.float32([1.0, 0.93, 0.8])
+        sun = f32(rng.uniform(1.3, 2.1)) * f32([1.0, 0.93, 0.8])
     return Lights(
-        ambient=level * np.float32(0.19 if evening else 0.3) * (0.5 * warm + 0.5 * cool),
-        sky=level * np.float32(0.05 if evening else rng.uniform(1.6, 2.4)) * cool,
-        lamp=level * np.float32(1.0 if evening else rng.uniform(0.25, 0.6)) * warm,
-        lamp_places=np.float32(lamps),
-        small=np.float32(0.16 if lit else 0.0) * warm * np.float32([1, 0.95, 0.85]),
-        small_places=np.float32(small).reshape(-1, 3),
+        ambient=level * f32(0.19 if evening else 0.3) * (0.5 * warm + 0.5 * cool),
+        sky=level * f32(0.05 if evening else rng.uniform(1.6, 2.4)) * cool,
+        lamp=level * f32(1.0 if evening else rng.uniform(0.25, 0.6)) * warm,
+        lamp_places=f32(lamps),
+        small=f32(0.16 if lit else 0.0) * warm * f32([1, 0.95, 0.85]),
+        small_places=f32(small).reshape(-1, 3),
         sun=sun, sun_direction=direction, exposure=float(rng.uniform(0.95, 1.15)),
     )  # fmt: skip
 
@@ -82,7 +82,7 @@ def bake(plan: Plan, shell: Surfels, objects: Surfels, instance: np.ndarray, lig
     object_light = _object_light(plan, objects, instance, lights, grid, phase)
     everything = Surfels.concatenate([shell, objects])
     light = np.concatenate([shell_light, object_light]) + _sun(plan, everything, lights, grid)
-    shine = np.where(everything.glow[:, None], np.float32(1.25) * everything.color, everything.color * light * np.float32(lights.exposure))
+    shine = np.where(everything.glow[:, None], f32(1.25) * everything.color, everything.color * light * f32(lights.exposure))
     return srgb(_shoulder(shine))
 
 
@@ -113,7 +113,7 @@ def _spread(places: np.ndarray, values: np.ndarray, targets: np.ndarray, k: int,
     from geossl import ops
 
     found = ops.knn(torch.from_numpy(targets)[None], torch.from_numpy(np.ascontiguousarray(places))[None], min(k, len(places)))
-    weight = np.exp(-found.distance[0].numpy() / (2 * width**2)) + np.float32(1e-6)
+    weight = np.exp(-found.distance[0].numpy() / (2 * width**2)) + f32(1e-6)
     return ((weight[..., None] * values[found.index[0].numpy()]).sum(1) / weight.sum(1, keepdims=True)).astype(np.float32)
 
 
@@ -138,7 +138,7 @@ def _object_light(plan: Plan, objects: Surfels, instance: np.ndarray, lights: Li
         for _ in range(2):
             value = (mine_weight * value + (weight[..., None] * value[near]).sum(1)) / (mine_weight + weight.sum(1, keepdims=True))
         # Carry over among surfels that face the same way: the normal counts as a fourth to sixth coordinate.
-        scale = np.float32(0.35 * max(0.2, float(np.ptp(place, axis=0).max())))
+        scale = f32(0.35 * max(0.2, float(np.ptp(place, axis=0).max())))
         light[a:b] = _carry(place, normal, trust, value, objects.center[a:b], objects.normal[a:b], scale)
     own = np.maximum(0.3, 0.35 + 0.65 * objects.openness)[:, None].astype(np.float32)
     return light * own
@@ -151,7 +151,7 @@ def _carry(
     values: np.ndarray,
     targets: np.ndarray,
     directions: np.ndarray,
-    scale: np.float32,
+    scale: np.ndarray,
 ) -> np.ndarray:
     """Carry values over to the nearest places that face the same way."""
     import torch
@@ -172,9 +172,9 @@ def irradiance(
     """Return the light ``[n, 3]`` that falls on surfels, without the sun; open sheets are lit from both sides."""
     n = len(place)
     w, d, h = plan.size
-    first = np.float32(1.7 * _CELL if own else 0.5 * _CELL)
-    start = place + normal * np.float32(0.9 * _CELL)
-    turn = phase + np.arange(n, dtype=np.float32) * np.float32(2.399963)
+    first = 1.7 * _CELL if own else 0.5 * _CELL
+    start = place + normal * f32(0.9 * _CELL)
+    turn = phase + np.arange(n, dtype=np.float32) * f32(2.399963)
     rays = hemisphere(normal, _AMBIENT_RAYS, turn)
     free = grid.free(np.repeat(start, _AMBIENT_RAYS, 0), rays.reshape(-1, 3), first, _AMBIENT_REACH, 0.75 * _CELL).reshape(n, _AMBIENT_RAYS)
     # Corners of the room: how near the walls, floor and ceiling are along the rays.
@@ -184,22 +184,22 @@ def irradiance(
     edges = np.where(edges < 0.02, 9.0, edges)  # the plane it lies in does not shade it
     corner = np.prod(1 - 0.28 * np.exp(-edges / 0.25), axis=1)
     # One bounce: from below comes the floor's light, from above the ceiling's.
-    bounce = np.where(up[..., None] > 0, np.float32([1.06, 1.04, 1.0]), np.float32([0.78, 0.68, 0.58]))
+    bounce = np.where(up[..., None] > 0, f32([1.06, 1.04, 1.0]), f32([0.78, 0.68, 0.58]))
     light = lights.ambient * (free[..., None] * bounce).mean(1) * corner[:, None]
 
     for window in plan.windows:
         wall = plan.walls[window.wall]
-        inward = np.float32([*wall.inward, 0])
+        inward = f32([*wall.inward, 0])
         area = (window.s1 - window.s0) * (window.z1 - window.z0)
         for number in range(_WINDOW_SAMPLES):
             fraction = ((0.5 + number) / _WINDOW_SAMPLES, (0.5 + number * 0.618034) % 1)
             s, t = window.s0 + fraction[0] * (window.s1 - window.s0), window.z0 + fraction[1] * (window.z1 - window.z0)
-            source = np.float32([*wall.point(s, 0.0), t])
+            source = f32([*wall.point(s, 0.0), t])
             light += lights.sky * (area / _WINDOW_SAMPLES) * _point(place, start, normal, solid, source, grid, first, facing=inward)
     for number in range(3 * len(lights.lamp_places)):
         angle = 2.0 * number + phase
-        source = lights.lamp_places[number // 3] + np.float32([0.22 * np.cos(angle), 0.22 * np.sin(angle), -0.03])
-        share = lights.lamp * np.float32(2.2 / (3 * len(lights.lamp_places)))
+        source = lights.lamp_places[number // 3] + f32([0.22 * np.cos(angle), 0.22 * np.sin(angle), -0.03])
+        share = lights.lamp * f32(2.2 / (3 * len(lights.lamp_places)))
         light += share * _point(place, start, normal, solid, source, grid, first, soften=1.2)
     for source in lights.small_places:
         light += lights.small * _point(place, start, normal, solid, source, None, first, soften=0.12)
@@ -212,13 +212,13 @@ def _point(
 ) -> np.ndarray:  # fmt: skip
     """Return the light ``[n, 1]`` of a point source of strength 1: cosine over squared distance, where nothing is in between."""
     to = source - place
-    squared = (to * to).sum(1) + np.float32(soften)
-    distance = np.linalg.norm(to, axis=1) + np.float32(1e-6)
+    squared = (to * to).sum(1) + f32(soften)
+    distance = np.linalg.norm(to, axis=1) + f32(1e-6)
     ray = to / distance[:, None]
     cosine = (normal * ray).sum(1)
     cosine = np.where(solid, np.maximum(cosine, 0), np.abs(cosine))
     if facing is not None:
-        cosine = cosine * np.maximum((ray * -facing).sum(1), 0) * np.float32(0.6)
+        cosine = cosine * np.maximum((ray * -facing).sum(1), 0) * f32(0.6)
     seen = np.zeros(len(place), dtype=np.float32)
     lit = np.flatnonzero(cosine > 0.01)
     if grid is None:
@@ -226,7 +226,7 @@ def _point(
     elif len(lit):
         side = np.sign((normal[lit] * ray[lit]).sum(1))[:, None]
         begin = place[lit] + (start[lit] - place[lit]) * side
-        seen[lit] = grid.free(begin, ray[lit], first, distance[lit] - np.float32(0.25), 0.9 * _CELL)
+        seen[lit] = grid.free(begin, ray[lit], first, distance[lit] - f32(0.25), 0.9 * _CELL)
     return (cosine * seen / squared)[:, None]
 
 
@@ -240,11 +240,11 @@ def _sun(plan: Plan, surfels: Surfels, lights: Lights, grid: Occupancy) -> np.nd
     cosine = np.where(surfels.solid, np.maximum(cosine, 0), np.abs(cosine))
     for window in plan.windows:
         wall = plan.walls[window.wall]
-        inward, along = np.float32([*wall.inward, 0]), np.float32([*wall.along, 0])
+        inward, along = f32([*wall.inward, 0]), f32([*wall.along, 0])
         toward = float(ray @ inward)
         if toward > -0.05:
             continue  # the sun stands behind this wall's inner side
-        origin = np.float32([*wall.start, 0])
+        origin = f32([*wall.start, 0])
         out = (surfels.center - origin) @ inward
         reach = out / -toward
         at = surfels.center + reach[:, None] * ray
@@ -255,7 +255,7 @@ def _sun(plan: Plan, surfels: Surfels, lights: Lights, grid: Occupancy) -> np.nd
         if not len(rows):
             continue
         side = np.sign(surfels.normal[rows] @ ray)[:, None]
-        start = surfels.center[rows] + surfels.normal[rows] * side * np.float32(0.9 * _CELL)
+        start = surfels.center[rows] + surfels.normal[rows] * side * f32(0.9 * _CELL)
         free = grid.free(start, np.tile(ray, (len(rows), 1)), 1.5 * _CELL, np.maximum(reach[rows] - 0.1, 0.0), 0.7 * _CELL)
         light[rows[free]] += lights.sun * cosine[rows[free]][:, None]
     return light

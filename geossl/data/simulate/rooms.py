@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from geossl import ops
 from geossl.data.simulate.catalogue import object_class, room_classes
+from geossl.data.simulate.furnish import make_plan
 from geossl.data.simulate.light import bake, draw_lights
-from geossl.data.simulate.room_plan import Plan, RoomError, make_plan
+from geossl.data.simulate.room_plan import Plan, RoomError
 from geossl.data.simulate.shell import make_shell
-from geossl.data.simulate.surfels import FLATNESS, Surfels, object_surfels
+from geossl.data.simulate.surfels import FLATNESS, Surfels, f32, object_surfels
 from geossl.geometry import (
     Cameras,
     back_project,
@@ -103,7 +105,7 @@ class Room:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(self.number, 100 + purpose)))
 
     @torch.no_grad()
-    def render(self, camera: Cameras, *, backend: str = "auto") -> View:
+    def render(self, camera: Cameras, *, backend: Literal["auto", "native", "reference"] = "auto") -> View:
         """Take a picture.
 
         Colour is blended as Gaussian splats are. Depth is that of the surfels' planes: inverse depth, which is linear in the pixel for a
@@ -122,7 +124,8 @@ class Room:
         plane = _inverse_depth_planes(center, normal, k, width, height)
         features = torch.cat([self.colors.index_select(0, rows), plane], 1)
         image, alpha, meta = ops.rasterize_gaussians(
-            self.means.index_select(0, rows), self.quats.index_select(0, rows), self.scales.index_select(0, rows), self.means.new_full((len(rows),), OPACITY), features, pose[None], k[None],
+            self.means.index_select(0, rows), self.quats.index_select(0, rows), self.scales.index_select(0, rows),
+            self.means.new_full((len(rows),), OPACITY), features, pose[None], k[None],
             width, height, near_plane=_NEAR, with_ids=True, backend=backend,
         )  # fmt: skip
         image, alpha, largest = image[0], alpha[0], meta["largest_id"][0].long()
@@ -237,7 +240,7 @@ def _boxes(plan: Plan) -> np.ndarray:
     library = load_objects()
     boxes = np.zeros((len(plan.items), 7), dtype=np.float32)
     for number, item in enumerate(plan.items):
-        xyz = library.xyz[item.row].astype(np.float32) * np.float32(library.scale_m[item.row])
+        xyz = library.xyz[item.row].astype(np.float32) * f32(library.scale_m[item.row])
         extent = np.ptp(xyz, axis=0)
         yaw = math.remainder(item.yaw, 2 * math.pi)
         boxes[number] = (item.x, item.y, item.z + extent[2] / 2, *extent, yaw)

@@ -48,7 +48,6 @@ class SensorOptions:
 def sense(view: View, rng: np.random.Generator, options: SensorOptions | None = None) -> View:
     """Return the view as a cheap structured-light camera would give it: depth 0 (and not valid) in holes."""
     options = options or SensorOptions()
-    height, width = view.depth.shape
     gain = 2.0 ** rng.uniform(-options.exposure, options.exposure)
     balance = np.array([1 + rng.normal(0, options.white_balance), 1.0, 1 + rng.normal(0, options.white_balance)])
     light = view.rgb.numpy() ** 2.2 * gain * balance

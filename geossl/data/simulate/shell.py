@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geossl.data.simulate.room_plan import Opening, Plan, Rug, Wall
-from geossl.data.simulate.surfels import Surfels, linear
+from geossl.data.simulate.surfels import Surfels, f32, linear
 
 OVERLAP = 0.66
 """Standard deviation of a surfel of a plane as part of the spacing: at 0.5 the weave shows, beyond 0.75 textures only blur."""
@@ -76,7 +76,7 @@ def draw_palette(rng: np.random.Generator, plan: Plan) -> Palette:
         accent_wall,
         stripes,
         trim,
-        _rgb("#f4f3ef") * np.float32(rng.uniform(0.93, 1.0)),
+        _rgb("#f4f3ef") * f32(rng.uniform(0.93, 1.0)),
         _choice(rng, _FABRICS),
     )
 
@@ -125,14 +125,14 @@ def plane(
     if keep is not None:
         rows = keep(s, t)
         s, t = s[rows], t[rows]
-    u, v = np.float32(u), np.float32(v)
+    u, v = f32(u), f32(v)
     count = len(s)
     color = np.broadcast_to(np.clip(shade(s, t), 0, 1), (count, 3))
     return Surfels(
-        (np.float32(origin) + s[:, None] * u + t[:, None] * v).astype(np.float32),
+        (f32(origin) + s[:, None] * u + t[:, None] * v).astype(np.float32),
         np.tile(np.cross(u, v).astype(np.float32), (count, 1)),
         np.tile(u, (count, 1)),
-        np.tile(np.float32(spacing) * np.float32(OVERLAP), (count, 1)),
+        np.tile(f32(spacing) * f32(OVERLAP), (count, 1)),
         linear(color),
         np.ones(count, dtype=bool),
         np.full(count, glow),
@@ -171,11 +171,14 @@ def _floor(plan: Plan, rng: np.random.Generator, detail: float) -> Surfels:
     if kind == "carpet":
         base, fine = _choice(rng, [*_FABRICS, "#9a948c", "#77736d"]), noise(rng, 0.07, 2)
         step = (0.045 / detail, 0.045 / detail)
-        shade: Shade = lambda x, y: base * (1 + 0.05 * grain(x, y) + 0.1 * fine(x, y))[:, None]
+
+        def shade(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+            return base * (1 + 0.05 * grain(x, y) + 0.1 * fine(x, y))[:, None]
+
     elif kind == "tiles":
         edge = float(rng.choice([0.25, 0.33, 0.5]))
         one = _choice(rng, ["#e4e0d6", "#cfc8bc", "#b9aa98", "#d8dcdc", "#a3a6a6"])
-        two = one * np.float32(rng.uniform(0.35, 0.75)) if rng.random() < 0.45 else one
+        two = one * f32(rng.uniform(0.35, 0.75)) if rng.random() < 0.45 else one
         tone = rng.uniform(-0.05, 0.05, (64, 64)).astype(np.float32)
         step = (0.028 / detail, 0.028 / detail)
 
@@ -203,10 +206,10 @@ def _floor(plan: Plan, rng: np.random.Generator, detail: float) -> Surfels:
             gap = (np.minimum(off, 1 - off) * wide < 0.006) | (np.minimum(at - board, board + 1 - at) * long < 0.02)
             streak = fiber(across * 22 + 3.1 * row, along * 1.1 + 7.7 * board)
             shade_ = 1 + spread * tone[row % 64, board % 64] + 0.22 * spread / 0.14 * streak * 0.6
-            color = base * shade_[:, None] * np.where(tone[board % 64, row % 64] > 0, 1, np.float32([1.02, 0.99, 0.95]).reshape(1, 3).T).T
+            color = base * shade_[:, None] * np.where(tone[board % 64, row % 64] > 0, 1, f32([1.02, 0.99, 0.95]).reshape(1, 3).T).T
             return np.where(gap[:, None], 0.45 * base, color)
 
-    return plane(np.zeros(3), np.float32([1, 0, 0]), np.float32([0, 1, 0]), (w, d), step, shade, keep=_on_floor(plan, 0.05), extend=0.05)
+    return plane(np.zeros(3), f32([1, 0, 0]), f32([0, 1, 0]), (w, d), step, shade, keep=_on_floor(plan, 0.05), extend=0.05)
 
 
 def _ceiling(plan: Plan, palette: Palette, detail: float) -> Surfels:
@@ -215,14 +218,14 @@ def _ceiling(plan: Plan, palette: Palette, detail: float) -> Surfels:
     flipped = None if keep is None else (lambda y, x: keep(x, y))
     step = (0.13 / detail, 0.13 / detail)
     return plane(
-        np.array([0, 0, h]), np.float32([0, 1, 0]), np.float32([1, 0, 0]), (d, w), step, lambda y, x: np.tile(palette.ceiling, (len(x), 1)),
+        np.array([0, 0, h]), f32([0, 1, 0]), f32([1, 0, 0]), (d, w), step, lambda y, x: np.tile(palette.ceiling, (len(x), 1)),
         keep=flipped, extend=0.13,
     )  # fmt: skip
 
 
 def _axes(wall: Wall) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return directions along the wall, up, and into the room; a plane along (u, v) = (-along, up)... faces the room."""
-    return np.float32([*wall.along, 0]), np.float32([0, 0, 1]), np.float32([*wall.inward, 0])
+    return f32([*wall.along, 0]), f32([0, 0, 1]), f32([*wall.inward, 0])
 
 
 def _panel(
@@ -247,7 +250,7 @@ def _wall(plan: Plan, number: int, wall: Wall, palette: Palette, rng: np.random.
     soft = noise(rng, 0.8)
     tiled = plan.kind == "bathroom"
     holes = [o for o in plan.windows if o.wall == number]
-    tile = _rgb("#e8ecec") if rng.random() < 0.6 else palette.accent * np.float32(0.4) + np.float32(0.55)
+    tile = _rgb("#e8ecec") if rng.random() < 0.6 else palette.accent * f32(0.4) + f32(0.55)
 
     def shade(s: np.ndarray, z: np.ndarray) -> np.ndarray:
         color = base * (1 + 0.03 * soft(s, z))[:, None]
@@ -274,12 +277,7 @@ def _wall(plan: Plan, number: int, wall: Wall, palette: Palette, rng: np.random.
     spans = spans if not tiled else []
     for a, z in spans:
         parts.append(_panel(wall, (a, z), (0.0, 0.09), 0.012, (0.045 / detail, 0.022 / detail), _plain(palette.trim)))
-        along, _, inward = _axes(wall)
-        x, y = wall.point(a, 0.0)
-        parts.append(
-            plane(np.array([x, y, 0.092]), inward, along * 1.0, (0.014, z - a), (0.014, 0.045 / detail), _plain(palette.trim * 0.97))
-        ) if False else None
-    return [part for part in parts if part is not None]
+    return parts
 
 
 def _frame(wall: Wall, o: Opening, width: float, out: float, color: np.ndarray, step: float, sides: str = "lrtb") -> list[Surfels]:
@@ -314,7 +312,7 @@ def _window(plan: Plan, o: Opening, palette: Palette, rng: np.random.Generator, 
     if o.z1 - o.z0 > 1.0 and rng.random() < 0.6:
         z = o.z0 + 0.68 * (o.z1 - o.z0)
         parts.append(_panel(wall, (o.s0, o.s1), (z - 0.02, z + 0.02), -deep + 0.02, (0.05 / detail, 0.02 / detail), _plain(white)))
-    reveal, step = palette.wall * np.float32(1.02), (0.035 / detail, 0.06 / detail)
+    reveal, step = palette.wall * f32(1.02), (0.035 / detail, 0.06 / detail)
     for s, u in ((o.s0, up), (o.s1, -up)):
         x, y = wall.point(s, -deep)
         z = o.z0 if u[2] > 0 else o.z1
@@ -328,9 +326,7 @@ def _window(plan: Plan, o: Opening, palette: Palette, rng: np.random.Generator, 
     parts.append(
         _facing(plane, np.array([x, y, o.z0]), along, inward, (o.s1 - o.s0 + 0.08, deep + 0.09), (0.05 / detail, 0.032 / detail), white, up)
     )
-    parts.append(
-        _panel(wall, (o.s0 - 0.04, o.s1 + 0.04), (o.z0 - 0.03, o.z0), 0.09, (0.05 / detail, 0.015), _plain(white * np.float32(0.96)))
-    )
+    parts.append(_panel(wall, (o.s0 - 0.04, o.s1 + 0.04), (o.z0 - 0.03, o.z0), 0.09, (0.05 / detail, 0.015), _plain(white * f32(0.96))))
     if plan.kind not in ("bathroom", "kitchen") and rng.random() < 0.65:
         color = palette.fabric if rng.random() < 0.7 else white
         bottom = 0.06 if rng.random() < 0.6 else o.z0 - 0.12
@@ -359,13 +355,13 @@ def _curtain(wall: Wall, s0: float, s1: float, z0: float, z1: float, color: np.n
     fold = 0.11
     flat = _panel(wall, (s0, s1), (z0, z1), 0.07, (0.014 / detail, 0.06 / detail), _plain(color))
     along, _, inward = _axes(wall)
-    s = (flat.center - np.float32([*wall.point(0.0), 0])) @ along
+    s = (flat.center - f32([*wall.point(0.0), 0])) @ along
     angle = 2 * np.pi * s / fold + phase
     center = flat.center + (0.028 * np.sin(angle))[:, None].astype(np.float32) * inward
     slope = (0.028 * 2 * np.pi / fold * np.cos(angle))[:, None].astype(np.float32)
     normal = inward - slope * along
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-    sigma = flat.sigma * np.sqrt(1 + slope**2) ** np.float32([0, 1])  # the second axis runs along the wall
+    sigma = flat.sigma * np.sqrt(1 + slope**2) ** f32([0, 1])  # the second axis runs along the wall
     return Surfels(
         center, normal, flat.tangent, sigma.astype(np.float32), flat.color, np.zeros(len(s), dtype=bool), flat.glow, flat.openness
     )
@@ -399,7 +395,7 @@ def _view(rng: np.random.Generator, o: Opening) -> Shade:
 
 def _door(wall: Wall, o: Opening, palette: Palette, rng: np.random.Generator, detail: float) -> list[Surfels]:
     """A closed door: leaf with four panels, frame and handle."""
-    leaf = palette.trim * np.float32(0.97) if rng.random() < 0.6 else _rgb(_WOODS[int(rng.integers(len(_WOODS)))][0])
+    leaf = palette.trim * f32(0.97) if rng.random() < 0.6 else _rgb(_WOODS[int(rng.integers(len(_WOODS)))][0])
     width = o.s1 - o.s0
     split = float(rng.uniform(0.9, 1.15))
 
@@ -443,7 +439,7 @@ def _rug(rug: Rug, rng: np.random.Generator, detail: float) -> Surfels:
         return color * (1 + 0.14 * fuzz(x, y))[:, None]
 
     step = (0.02 / detail, 0.02 / detail)
-    return plane(np.array([rug.x - rug.hx, rug.y - rug.hy, 0.01]), np.float32([1, 0, 0]), np.float32([0, 1, 0]), (wide, deep), step, shade)
+    return plane(np.array([rug.x - rug.hx, rug.y - rug.hy, 0.01]), f32([1, 0, 0]), f32([0, 1, 0]), (wide, deep), step, shade)
 
 
 def _picture(wall: Wall, o: Opening, rng: np.random.Generator, detail: float) -> list[Surfels]:

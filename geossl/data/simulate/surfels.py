@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,15 +62,20 @@ class Surfels:
 
     def moved(self, yaw: float, position: tuple[float, float, float]) -> Surfels:
         """Return the surfels turned by ``yaw`` about z, then shifted."""
-        cos, sin = np.float32(np.cos(yaw)), np.float32(np.sin(yaw))
+        cos, sin = f32(np.cos(yaw)), f32(np.sin(yaw))
         turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=np.float32)
-        moved = {"center": self.center @ turn + np.float32(position), "normal": self.normal @ turn, "tangent": self.tangent @ turn}
+        moved = {"center": self.center @ turn + f32(position), "normal": self.normal @ turn, "tangent": self.tangent @ turn}
         return replace(self, **moved)
 
     @classmethod
     def concatenate(cls, parts: list[Surfels]) -> Surfels:
         """Join several sets."""
         return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+
+def f32(values: Any) -> np.ndarray:
+    """Return ``values`` as a float32 array."""
+    return np.asarray(values, dtype=np.float32)
 
 
 def linear(srgb: np.ndarray) -> np.ndarray:
@@ -86,7 +92,7 @@ def srgb(light: np.ndarray) -> np.ndarray:
 
 def tangents(normal: np.ndarray) -> np.ndarray:
     """Return ``[n, 3]`` unit vectors at right angles to ``normal [n, 3]``."""
-    helper = np.where(np.abs(normal[:, 2:]) < 0.9, np.float32([[0, 0, 1]]), np.float32([[1, 0, 0]]))
+    helper = np.where(np.abs(normal[:, 2:]) < 0.9, f32([[0, 0, 1]]), f32([[1, 0, 0]]))
     tangent = np.cross(helper, normal)
     return (tangent / np.linalg.norm(tangent, axis=1, keepdims=True)).astype(np.float32)
 
@@ -110,7 +116,7 @@ class Occupancy:
     """
 
     def __init__(self, points: np.ndarray, cell: float) -> None:
-        self.cell = np.float32(cell)
+        self.cell = f32(cell)
         low = points.min(0) if len(points) else np.zeros(3)
         high = points.max(0) if len(points) else np.zeros(3)
         self.origin = (low - 1.5 * cell).astype(np.float32)
@@ -125,17 +131,17 @@ class Occupancy:
 
     def free(self, start: np.ndarray, direction: np.ndarray, first: float, last: np.ndarray | float, step: float) -> np.ndarray:
         """Return ``[n]`` bool: from ``start [n, 3]`` along the unit ``direction [n, 3]``, nothing between ``first`` and ``last`` metres."""
-        last = np.broadcast_to(np.float32(last), len(start))
+        last = np.broadcast_to(f32(last), len(start))
         alive = np.arange(len(start))
         free = np.ones(len(start), dtype=bool)
         place, ray, end = (start - self.origin) / self.cell, direction / self.cell, last
         limit = self.shape.astype(np.float32)
-        distance = np.float32(first)
+        distance = f32(first)
         while len(alive):
             at = place + ray * distance
             hit = self.filled[self.flat(at.astype(np.int32))]
             free[alive[hit]] = False
-            distance += np.float32(step)
+            distance += f32(step)
             inside = ((at >= 0) & (at < limit)).all(1) | (distance < first + 3 * step)
             keep = ~hit & inside & (end > distance)
             alive, place, ray, end = alive[keep], place[keep], ray[keep], end[keep]
@@ -189,8 +195,8 @@ def discs(center: np.ndarray, normal: np.ndarray, tangent: np.ndarray, radii: np
     """Return ``[13 n, 3]`` points spread over flat ellipses of ``radii [n, 2]``: what fills a grid without leaks."""
     across = np.cross(normal, tangent)
     ring = [(0.0, 0.0)] + [(0.5, k) for k in np.arange(4) * np.pi / 2] + [(1.0, k) for k in np.arange(8) * np.pi / 4]
-    x = np.float32([r * np.cos(angle) for r, angle in ring])[:, None] * radii[:, 0]
-    y = np.float32([r * np.sin(angle) for r, angle in ring])[:, None] * radii[:, 1]
+    x = f32([r * np.cos(angle) for r, angle in ring])[:, None] * radii[:, 0]
+    y = f32([r * np.sin(angle) for r, angle in ring])[:, None] * radii[:, 1]
     return (center + x[..., None] * tangent + y[..., None] * across).reshape(-1, 3).astype(np.float32)
 
 
@@ -203,7 +209,7 @@ def _openness(center: np.ndarray, normal: np.ndarray, tangent: np.ndarray, sigma
     sides = []
     for side in (normal, -normal):
         ray = hemisphere(side, _RAYS, phase).reshape(-1, 3)
-        start = np.repeat(center + side * np.float32(1.1 * cell), _RAYS, axis=0)
+        start = np.repeat(center + side * f32(1.1 * cell), _RAYS, axis=0)
         sides.append(grid.free(start, ray, 0.7 * cell, _REACH * size, 0.9 * cell).reshape(-1, _RAYS).mean(1))
     _, index = neighbors(center, 12)
     front, back = sides
@@ -290,17 +296,17 @@ def _covered(center: np.ndarray, normal: np.ndarray, reach: np.ndarray, far: flo
 def prepare_object(row: int) -> Surfels:
     """Make the surfels of embedded object ``row``, in metres, its base at z = 0 and its middle at x = y = 0."""
     library = load_objects()
-    scale = np.float32(library.scale_m[row])
+    scale = f32(library.scale_m[row])
     center = library.xyz[row].astype(np.float32) * scale
     size = float(np.ptp(center, axis=0).max())
     count = 1024 if size > 0.5 else 640 if size > 0.25 else 320
     center = center[:count]
     normal = library.normal[row, :count].astype(np.float32)
     length = np.linalg.norm(normal, axis=1, keepdims=True)
-    normal = np.where(length > 0, normal / np.maximum(length, 1e-6), np.float32([[0, 0, 1]])).astype(np.float32)
+    normal = np.where(length > 0, normal / np.maximum(length, 1e-6), f32([[0, 0, 1]])).astype(np.float32)
     color = linear(library.rgb[row, :count].astype(np.float32) / 255)
     low, high = library.xyz[row].min(0).astype(np.float32) * scale, library.xyz[row].max(0).astype(np.float32) * scale
-    center = center - np.float32([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
+    center = center - f32([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]])
 
     leaves = str(library.classes[library.label[row]]) == "plant" if library.label[row] >= 0 else False
     distance, _ = neighbors(center, 5)
@@ -322,7 +328,7 @@ def prepare_object(row: int) -> Surfels:
     rounds, shrink = (2, (1.0, 0.9)) if typical > 0.045 else (1, (0.95,)) if typical > 0.014 else (0, ())
     for turn in range(rounds):
         middle, turned, shade, parent = _midpoints(center, normal, color, typical if turn == 0 else 0.72 * typical)
-        sigma = np.concatenate([sigma, sigma[parent]]) * np.float32(shrink[turn])
+        sigma = np.concatenate([sigma, sigma[parent]]) * f32(shrink[turn])
         center, normal, color = np.concatenate([center, middle]), np.concatenate([normal, turned]), np.concatenate([color, shade])
         front, back = np.concatenate([front, front[parent]]), np.concatenate([back, back[parent]])
     placed, tangent, widths = _fit_to_edges(center, normal, sigma, points, directions)

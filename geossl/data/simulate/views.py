@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -228,7 +229,7 @@ def camera_path(room: Room, frames: int, rng: np.random.Generator, options: View
         choice = cells[rng.integers(len(cells), size=12)]
         stops.append(choice[np.argmax(np.min([np.abs(choice - stop).sum(1) for stop in stops], axis=0))])
     way = [np.asarray(start)]
-    for a, b in zip(stops, stops[1:], strict=False):
+    for a, b in pairwise(stops):
         way += _walk(_flood(free, b), a)[1:]
     line = np.stack(way).astype(np.float64) * _CELL + _CELL / 2
     line = _resample(line, 6 * frames)
