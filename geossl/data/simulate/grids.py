@@ -80,11 +80,9 @@ def radiance_grid(room: Room, resolution: int = 160, density_type: Literal["log"
     inside = ((voxel >= 0) & (voxel < shape)).all(1)
     flat = (voxel[:, 0] * shape[1] + voxel[:, 1]) * shape[2] + voxel[:, 2]
     area = (np.pi * radii.prod(1) / 13).numpy()
-    area = np.tile(area, 13).reshape(13, -1).T.reshape(-1)  # the samples of a disc follow each other below
-    order = np.arange(len(spread)).reshape(13, len(room)).T.reshape(-1)
-    weights = area[inside[order]]
-    cells = flat[order][inside[order]]
-    colors = np.repeat(room.colors.numpy(), 13, axis=0)[inside[order]]
+    weights = np.tile(area, 13)[inside]
+    cells = flat[inside]
+    colors = np.tile(room.colors.numpy(), (13, 1))[inside]
     total = int(shape.prod())
     covered = np.bincount(cells, weights, total)
     summed = np.stack([np.bincount(cells, weights * colors[:, channel], total) for channel in range(3)], 1)
