@@ -159,7 +159,6 @@ class RGBDFolderDataset(SceneDataset):
             depths.append(torch.where(depth <= config.max_depth, depth, 0.0))
             intrinsics.append(fitted_intrinsics(torch.from_numpy(self._intrinsics).float(), stored, size))
         source = f"{config.root} frames {', '.join(self.frames[number] for number in numbers)}"
-        poses = torch.stack([self._poses[number] for number in numbers])
         image, depth, k, pose = (
             torch.stack(images),
             torch.stack(depths),

@@ -22,6 +22,7 @@ from geossl.geometry.cameras import (
     pose_matrix,
     project,
     resize_intrinsics,
+    rotate,
     transform_points,
 )
 from geossl.geometry.containers import Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
@@ -48,6 +49,7 @@ __all__ = [
     "project",
     "quaternion_to_matrix",
     "resize_intrinsics",
+    "rotate",
     "rotation_about_z",
     "transform_points",
 ]

@@ -17,7 +17,7 @@ def _check(name: str, boxes: Tensor) -> None:
 
 
 def box_corners(boxes: Tensor) -> Tensor:
-    """Return the corners ``[n, 8, 3]`` of ``boxes [n, 7]``; corner ``4 a + 2 b + c`` lies on the upper side in x, y, z where a, b, c are 1."""
+    """Return the corners ``[n, 8, 3]`` of ``boxes [n, 7]``; corner ``4 a + 2 b + c`` is on the upper side in x, y, z if a, b, c are 1."""
     _check("box_corners", boxes)
     signs = torch.cartesian_prod(*[boxes.new_tensor([-0.5, 0.5])] * 3)
     return (signs * boxes[:, None, 3:6]) @ rotation_about_z(boxes[:, 6]).mT + boxes[:, None, :3]

@@ -93,9 +93,19 @@ def invert_pose(pose: Tensor) -> Tensor:
     return pose_matrix(inverse, -(inverse @ pose[..., :3, 3:])[..., 0])
 
 
+def rotate(points: Tensor, matrix: Tensor) -> Tensor:
+    """Apply ``matrix [..., 3, 3]`` to ``points [..., N, 3]``.
+
+    Written out, so that a point gives the same bits however many there are beside it and however many threads share them; a matrix
+    product promises neither.
+    """
+    columns = matrix[..., None, :, :]
+    return points[..., :1] * columns[..., 0] + points[..., 1:2] * columns[..., 1] + points[..., 2:] * columns[..., 2]
+
+
 def transform_points(points: Tensor, pose: Tensor) -> Tensor:
     """Apply ``pose [..., 4, 4]`` to ``points [..., N, 3]``."""
-    return points @ pose[..., :3, :3].mT + pose[..., None, :3, 3]
+    return rotate(points, pose[..., :3, :3]) + pose[..., None, :3, 3]
 
 
 def project(points: Tensor, world_to_cam: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +122,7 @@ def project(points: Tensor, world_to_cam: Tensor, intrinsics: Tensor) -> tuple[T
     """
     in_camera = transform_points(points, world_to_cam)
     depth = in_camera[..., 2]
-    pixels = (in_camera @ intrinsics.mT)[..., :2] / torch.where(depth == 0, torch.ones_like(depth), depth)[..., None]
+    pixels = rotate(in_camera, intrinsics)[..., :2] / torch.where(depth == 0, torch.ones_like(depth), depth)[..., None]
     return pixels, depth
 
 
@@ -134,4 +144,4 @@ def back_project(depth: Tensor, intrinsics: Tensor, world_to_cam: Tensor | None 
     if world_to_cam is None:
         return points
     cam_to_world = invert_pose(world_to_cam)
-    return points @ cam_to_world[..., None, :3, :3].mT + cam_to_world[..., None, None, :3, 3]
+    return transform_points(points, cam_to_world[..., None, :, :])

@@ -45,9 +45,7 @@ def spherical_harmonics(degree: int, directions: Tensor, coefficients: Tensor) -
     """
     needed = (degree + 1) ** 2
     if coefficients.dim() < 2 or coefficients.shape[-2] < needed:
-        raise ValueError(
-            f"spherical_harmonics: degree {degree} needs coefficients [..., K >= {needed}, C], got {list(coefficients.shape)}"
-        )
+        raise ValueError(f"spherical_harmonics: degree {degree} needs coefficients [..., K >= {needed}, C], got {list(coefficients.shape)}")
     basis = sh_basis(degree, torch.nn.functional.normalize(directions, dim=-1))
     # A running sum: the order of additions is the same on every device.
     total = basis[0] * coefficients[..., 0, :]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geossl.data.simulate.room_plan import Plan
-from geossl.data.simulate.surfels import Occupancy, Surfels, discs, f32, hemisphere, neighbors, srgb
+from geossl.data.simulate.surfels import Occupancy, Surfels, discs, dot, f32, hemisphere, neighbors, srgb
 
 _CELL = 0.06  # of the grid of furniture that light rays cross
 _AMBIENT_RAYS, _AMBIENT_REACH = 16, 0.55
@@ -236,7 +236,7 @@ def _sun(plan: Plan, surfels: Surfels, lights: Lights, grid: Occupancy) -> np.nd
     if not lights.sun.any():
         return light
     ray = lights.sun_direction
-    cosine = surfels.normal @ ray
+    cosine = dot(surfels.normal, ray)
     cosine = np.where(surfels.solid, np.maximum(cosine, 0), np.abs(cosine))
     for window in plan.windows:
         wall = plan.walls[window.wall]
@@ -245,16 +245,16 @@ def _sun(plan: Plan, surfels: Surfels, lights: Lights, grid: Occupancy) -> np.nd
         if toward > -0.05:
             continue  # the sun stands behind this wall's inner side
         origin = f32([*wall.start, 0])
-        out = (surfels.center - origin) @ inward
+        out = dot(surfels.center - origin, inward)
         reach = out / -toward
         at = surfels.center + reach[:, None] * ray
-        s, z = (at - origin) @ along, at[:, 2]
+        s, z = dot(at - origin, along), at[:, 2]
         margin = 0.03
         through = (s > window.s0 + margin) & (s < window.s1 - margin) & (z > window.z0 + margin) & (z < window.z1 - margin)
         rows = np.flatnonzero(through & (out > 0.005) & (cosine > 0.02))
         if not len(rows):
             continue
-        side = np.sign(surfels.normal[rows] @ ray)[:, None]
+        side = np.sign(dot(surfels.normal[rows], ray))[:, None]
         start = surfels.center[rows] + surfels.normal[rows] * side * f32(0.9 * _CELL)
         free = grid.free(start, np.tile(ray, (len(rows), 1)), 1.5 * _CELL, np.maximum(reach[rows] - 0.1, 0.0), 0.7 * _CELL)
         light[rows[free]] += lights.sun * cosine[rows[free]][:, None]

@@ -17,12 +17,7 @@ from geossl.data.simulate.light import bake, draw_lights
 from geossl.data.simulate.room_plan import Plan, RoomError
 from geossl.data.simulate.shell import make_shell
 from geossl.data.simulate.surfels import FLATNESS, Surfels, f32, object_surfels
-from geossl.geometry import (
-    Cameras,
-    back_project,
-    matrix_to_quaternion,
-    pixel_centers,
-)
+from geossl.geometry import Cameras, back_project, matrix_to_quaternion, pixel_centers, rotate, transform_points
 
 OPACITY = 0.999
 _NEAR = 0.1
@@ -120,7 +115,7 @@ class Room:
         width, height, k = camera.width, camera.height, camera.intrinsics.float()
         pose = camera.world_to_cam.float()
         rows, center = self._seen(camera)
-        normal = self._normals.index_select(0, rows) @ pose[:3, :3].mT
+        normal = rotate(self._normals.index_select(0, rows), pose[:3, :3])
         plane = _inverse_depth_planes(center, normal, k, width, height)
         features = torch.cat([self.colors.index_select(0, rows), plane], 1)
         image, alpha, meta = ops.rasterize_gaussians(
@@ -145,7 +140,7 @@ class Room:
     def _seen(self, camera: Cameras) -> tuple[Tensor, Tensor]:
         """Return the rows of the surfels that can be in the picture, and their centres in the camera's frame."""
         pose, k = camera.world_to_cam.float(), camera.intrinsics.float()
-        center = torch.addmm(pose[:3, 3], self.means, pose[:3, :3].mT)
+        center = transform_points(self.means, pose)
         x, y, z = center.unbind(1)
         margin = 4 * self._reach
         bounds = [
@@ -175,7 +170,7 @@ def _inverse_depth_planes(center: Tensor, normal: Tensor, intrinsics: Tensor, wi
     k[0, 2] -= width / 2
     k[1, 2] -= height / 2
     edge_on = across.abs() < 0.06 * center.norm(dim=1)
-    plane = (normal @ torch.linalg.inv(k)) / torch.where(edge_on, torch.ones_like(across), across)[:, None]
+    plane = rotate(normal, torch.linalg.inv(k).mT) / torch.where(edge_on, torch.ones_like(across), across)[:, None]
     constant = torch.stack([torch.zeros_like(across), torch.zeros_like(across), 1 / center[:, 2]], 1)
     return torch.where(edge_on[:, None], constant, plane)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geossl.data.simulate.room_plan import Opening, Plan, Rug, Wall
-from geossl.data.simulate.surfels import Surfels, f32, linear
+from geossl.data.simulate.surfels import Surfels, dot, f32, linear
 
 OVERLAP = 0.66
 """Standard deviation of a surfel of a plane as part of the spacing: at 0.5 the weave shows, beyond 0.75 textures only blur."""
@@ -355,7 +355,7 @@ def _curtain(wall: Wall, s0: float, s1: float, z0: float, z1: float, color: np.n
     fold = 0.11
     flat = _panel(wall, (s0, s1), (z0, z1), 0.07, (0.014 / detail, 0.06 / detail), _plain(color))
     along, _, inward = _axes(wall)
-    s = (flat.center - f32([*wall.point(0.0), 0])) @ along
+    s = dot(flat.center - f32([*wall.point(0.0), 0]), along)
     angle = 2 * np.pi * s / fold + phase
     center = flat.center + (0.028 * np.sin(angle))[:, None].astype(np.float32) * inward
     slope = (0.028 * 2 * np.pi / fold * np.cos(angle))[:, None].astype(np.float32)

@@ -63,8 +63,12 @@ class Surfels:
     def moved(self, yaw: float, position: tuple[float, float, float]) -> Surfels:
         """Return the surfels turned by ``yaw`` about z, then shifted."""
         cos, sin = f32(np.cos(yaw)), f32(np.sin(yaw))
-        turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=np.float32)
-        moved = {"center": self.center @ turn + f32(position), "normal": self.normal @ turn, "tangent": self.tangent @ turn}
+
+        def turn(vectors: np.ndarray) -> np.ndarray:
+            x, y, z = vectors.T
+            return np.stack([cos * x - sin * y, sin * x + cos * y, z], 1)
+
+        moved = {"center": turn(self.center) + f32(position), "normal": turn(self.normal), "tangent": turn(self.tangent)}
         return replace(self, **moved)
 
     @classmethod
@@ -76,6 +80,11 @@ class Surfels:
 def f32(values: Any) -> np.ndarray:
     """Return ``values`` as a float32 array."""
     return np.asarray(values, dtype=np.float32)
+
+
+def dot(vectors: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Return ``[n]``, the product of ``vectors [n, 3]`` with one vector: written out, so that threads cannot change a bit."""
+    return vectors[:, 0] * direction[0] + vectors[:, 1] * direction[1] + vectors[:, 2] * direction[2]
 
 
 def linear(srgb: np.ndarray) -> np.ndarray:

@@ -145,7 +145,8 @@ def sample_view(room: Room, rng: np.random.Generator, options: ViewOptions | Non
     """Take a picture from a random good place at eye height, looking at the furniture."""
     options = options or ViewOptions()
     places = _standpoints(room.plan, rng, 60)
-    focus, view = _focus(room.plan), None
+    focus = _focus(room.plan)
+    small = (max(1, options.width // 4), max(1, options.height // 4))  # enough to tell a bad picture
     for attempt in range(6):
         good = places[: max(1, len(places) // (3 if attempt < 3 else 2))]
         eye = np.array([*good[int(rng.integers(len(good)))], rng.uniform(*EYE_HEIGHT)])
@@ -153,11 +154,10 @@ def sample_view(room: Room, rng: np.random.Generator, options: ViewOptions | Non
         if np.hypot(*(target - eye)[:2]) < 0.5:
             target[:2] = eye[:2] + (focus - eye[:2]) + 0.5
         pose = look_at(torch.tensor(eye, dtype=torch.float32), torch.tensor(target, dtype=torch.float32))
-        view = room.render(options.cameras(pose))
-        if not _bad(view):
-            return view
-    assert view is not None
-    return view  # a small room has no better one
+        camera = options.cameras(pose)
+        if not _bad(room.render(camera.resized(*small))):
+            break  # else a small room has no better one
+    return room.render(camera)
 
 
 def sample_views(room: Room, count: int, rng: np.random.Generator, options: ViewOptions | None = None) -> list[View]:
