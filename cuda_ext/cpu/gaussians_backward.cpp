@@ -223,7 +223,7 @@ void add_slots(const Drawing<T>& d, int threads, const T* slots, int64_t slot_si
         out.opacities[row] = sum[5];
         if (out.absolute) out.absolute[2 * row] = sum[6], out.absolute[2 * row + 1] = sum[7];
         for (int64_t c = 0; c < d.channels; ++c) v_features[c] += sum[first + c];
-        if (d.depths) out.depths[row] = sum[first + d.channels];
+        if (d.with_depths) out.depths[row] = sum[first + d.channels];
       }
     }
   });
@@ -270,7 +270,7 @@ void backward(const Drawing<T>& d, int threads, const Incoming<T>& in, const Out
 GEOSSL_API int geossl_gaussians_composite_backward_cpu(
     int threads, int is_double, const void* means2d, const void* conics, const void* opacities, const void* features, const void* depths,
     const int32_t* ids, const int32_t* places, const int64_t* tile_starts, const int64_t* starts, int64_t images, int64_t cameras, int64_t count,
-    int64_t channels, int features_per_camera, int width, int height, const void* background, const void* rest, const int32_t* last,
+    int64_t channels, int features_per_camera, int with_depths, int width, int height, const void* background, const void* rest, const int32_t* last,
     const void* v_render, const void* v_alpha, void*, void* v_means2d, void* v_conics, void* v_opacities, void* v_features, void* v_depths,
     void* v_background, void* v_absolute) {
   using namespace geossl;
@@ -280,7 +280,7 @@ GEOSSL_API int geossl_gaussians_composite_backward_cpu(
     const auto in = [](const void* p) { return static_cast<const T*>(p); };
     const auto to = [](void* p) { return static_cast<T*>(p); };
     const Drawing<T> drawing{in(means2d), in(conics), in(opacities), in(features), in(depths), ids, places, tile_starts, starts, images, cameras,
-                             count, channels, features_per_camera != 0, width, height, (width + kTileSize - 1) / kTileSize,
+                             count, channels, features_per_camera != 0, with_depths != 0, width, height, (width + kTileSize - 1) / kTileSize,
                              (height + kTileSize - 1) / kTileSize};
     backward(drawing, threads, Incoming<T>{in(v_render), in(v_alpha), in(rest), in(background), last},
              Outgoing<T>{to(v_means2d), to(v_conics), to(v_opacities), to(v_features), to(v_depths), to(v_background), to(v_absolute)});

@@ -162,7 +162,7 @@ void composite(const Drawing<T>& d, int threads, const T* background, const Imag
 GEOSSL_API int geossl_gaussians_composite_cpu(int threads, int is_double, const void* means2d, const void* conics, const void* opacities,
                                               const void* features, const void* depths, const int32_t* ids, const int32_t* places,
                                               const int64_t* tile_starts, const int64_t* starts, int64_t images, int64_t cameras, int64_t count,
-                                              int64_t channels, int features_per_camera, int width, int height, const void* background,
+                                              int64_t channels, int features_per_camera, int with_depths, int width, int height, const void* background,
                                               void* render, void* alpha, void* rest, int32_t* last, int32_t* largest, void* heaviest) {
   using namespace geossl;
   if (images < 0 || cameras < 1 || count < 0 || channels < 0 || width < 1 || height < 1) return GEOSSL_INVALID_ARGUMENT;
@@ -170,7 +170,7 @@ GEOSSL_API int geossl_gaussians_composite_cpu(int threads, int is_double, const 
     using T = decltype(zero);
     const auto in = [](const void* p) { return static_cast<const T*>(p); };
     const Drawing<T> drawing{in(means2d), in(conics), in(opacities), in(features), in(depths), ids, places, tile_starts, starts, images, cameras,
-                             count, channels, features_per_camera != 0, width, height, (width + kTileSize - 1) / kTileSize,
+                             count, channels, features_per_camera != 0, with_depths != 0, width, height, (width + kTileSize - 1) / kTileSize,
                              (height + kTileSize - 1) / kTileSize};
     composite(drawing, threads, in(background),
               Images<T>{static_cast<T*>(render), static_cast<T*>(alpha), static_cast<T*>(rest), last, largest, static_cast<T*>(heaviest)});

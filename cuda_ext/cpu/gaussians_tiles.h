@@ -23,14 +23,14 @@ template <class T>
 struct Drawing {
   const T *means2d, *conics, *opacities;  // one row per image and Gaussian
   const T* features;                      // per scene (or image) and Gaussian, `channels` wide
-  const T* depths;                        // one more channel, or null
+  const T* depths;                        // one more channel, if wanted
   const int32_t *ids, *places;
   const int64_t *tile_starts, *starts;
   int64_t images, cameras, count, channels;
-  bool features_per_camera;
+  bool features_per_camera, with_depths;
   int width, height, across, down;
 
-  int64_t blended() const { return channels + (depths ? 1 : 0); }
+  int64_t blended() const { return channels + (with_depths ? 1 : 0); }
   int64_t tiles() const { return images * across * down; }
   // Row of the features of a Gaussian of an image.
   int64_t feature_row(int64_t row) const {

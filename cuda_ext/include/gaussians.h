@@ -104,7 +104,7 @@ struct Shape {
     is_covariance = covariance != nullptr;
     if (is_covariance) {
       T sum = 0;
-      for (int i = 0; i < 9; ++i) m[i] = covariance[i], sum += m[i] - m[i];
+      for (int i = 0; i < 9; ++i) m[i] = T(0.5) * (covariance[i] + covariance[i % 3 * 3 + i / 3]), sum += m[i] - m[i];
       return sum == T(0);
     }
     length = square_root(quat[0] * quat[0] + quat[1] * quat[1] + quat[2] * quat[2] + quat[3] * quat[3]);

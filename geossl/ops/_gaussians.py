@@ -31,9 +31,15 @@ _project_c = _dispatch.functions("gaussians_project", *_SCENE, *[PTR] * 6)
 _project_backward_c = _dispatch.functions("gaussians_project_backward", *_SCENE, *[PTR] * 12)
 # is_double, means2d, conics, opacities, depths, radii, images, count, width, height, starts, ids, places, tile_starts
 _bin_cpu = _native.function("cpu", "geossl_gaussians_bin_cpu", INT, INT, *[PTR] * 5, INT64, INT64, INT, INT, *[PTR] * 4)
+# means2d, conics, opacities, depths, radii, images, count, width, height, starts, keys, rows
+_emit_cuda = _native.function("cuda", "geossl_gaussians_emit_cuda", INT, PTR, *[PTR] * 5, INT64, INT64, INT, INT, PTR, PTR, PTR)
+# wide, temp, temp_bytes, keys, sorted keys, rows, sorted rows, count, bits
+_sort_cuda = _native.function("cuda", "geossl_sort_pairs_cuda", INT, PTR, INT, PTR, PTR, PTR, PTR, PTR, PTR, INT64, INT)
+# keys, rows, entries, tiles, ids, places, tile_starts
+_ranges_cuda = _native.function("cuda", "geossl_gaussians_tile_ranges_cuda", INT, PTR, PTR, PTR, INT64, INT64, PTR, PTR, PTR)
 # is_double, means2d, conics, opacities, features, depths, ids, places, tile_starts, starts, images, cameras, count, channels,
-# features_per_camera, width, height, background
-_DRAWING = (INT, *[PTR] * 9, *[INT64] * 4, INT, INT, INT, PTR)
+# features_per_camera, with_depths, width, height, background
+_DRAWING = (INT, *[PTR] * 9, *[INT64] * 4, *[INT] * 4, PTR)
 # drawing, render, alpha, rest, last, largest, heaviest
 _composite_c = _dispatch.functions("gaussians_composite", *_DRAWING, *[PTR] * 6)
 # drawing, rest, last, gradients of render and alpha, workspace (CUDA); gradients of means2d, conics, opacities, features, depths,
@@ -45,21 +51,17 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def _differentiate(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
+def _differentiate(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]
+) -> list[Tensor]:
     """Gradients of a twin by autograd, which is switched off inside operators; empty for inputs that are None."""
-    names = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.ADInplaceOrView)
-    saved = [torch._C._dispatch_tls_is_dispatch_key_excluded(name) for name in names]
-    for name in names:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(name, False)
-    try:
-        with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-            outputs = function(*leaves)
-            wanted = [leaf for leaf in leaves if leaf is not None]
-            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
-    finally:
-        for name, value in zip(names, saved, strict=True):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(name, value)
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        pairs = [(out, grad) for out, grad in zip(function(*leaves), grads, strict=True) if out.requires_grad]  # not of empty scenes
+        outputs, weights = zip(*pairs, strict=True) if pairs else ((), ())
+        zeros = [torch.zeros_like(leaf) for leaf in wanted]
+        found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, materialize_grads=True) if pairs else zeros)
     return [grads[0].new_empty(0) if leaf is None else next(found) for leaf in leaves]
 
 
@@ -194,11 +196,23 @@ def _bin_native(
     torch.cumsum(tiles.reshape(-1), 0, out=starts[1:])
     ids, places, tile_starts, _ = _bin_outputs(means2d, int(starts[-1]), width, height)
     splats = [t.data_ptr() for t in (means2d, conics, opacities, depths, radii)]
+    lists = [t.data_ptr() for t in (ids, places, tile_starts)]
+    place = _dispatch.place(kind, means2d)
     if kind == "cpu":
-        _bin_cpu(
-            *_dispatch.place(kind, means2d), means2d.dtype == torch.float64, *splats, images, count, width, height, starts.data_ptr(),
-            ids.data_ptr(), places.data_ptr(), tile_starts.data_ptr(),
-        )  # fmt: skip
+        _bin_cpu(*place, means2d.dtype == torch.float64, *splats, images, count, width, height, starts.data_ptr(), *lists)
+        return ids, places, tile_starts, starts
+    keys, rows, sorted_keys, sorted_rows = torch.empty(4, ids.shape[0], dtype=torch.int64, device=ids.device)
+    _emit_cuda(*place, *splats, images, count, width, height, starts.data_ptr(), keys.data_ptr(), rows.data_ptr())
+    if ids.shape[0] == 0:
+        return ids, places, tile_starts.zero_(), starts
+    tile_count = tile_starts.shape[0] - 1
+    pairs = [t.data_ptr() for t in (keys, sorted_keys, rows, sorted_rows)]
+    size = torch.zeros(1, dtype=torch.int64)
+    bits = 32 + max(tile_count - 1, 1).bit_length()
+    _sort_cuda(*place, 1, None, size.data_ptr(), *pairs, ids.shape[0], bits)
+    temporary = torch.empty(int(size), dtype=torch.uint8, device=ids.device)
+    _sort_cuda(*place, 1, temporary.data_ptr(), size.data_ptr(), *pairs, ids.shape[0], bits)
+    _ranges_cuda(*place, sorted_keys.data_ptr(), sorted_rows.data_ptr(), ids.shape[0], tile_count, *lists)
     return ids, places, tile_starts, starts
 
 
@@ -223,7 +237,7 @@ def _drawing(
     tensors = map(_dispatch.pointer, (means2d, conics, opacities, features, depths, ids, places, tile_starts, starts))
     return (
         means2d.dtype == torch.float64, *tensors, batch * cameras, max(cameras, 1), count, features.shape[3], features.shape[1] == cameras,
-        width, height, _dispatch.pointer(backgrounds),
+        depths is not None, width, height, _dispatch.pointer(backgrounds),
     )  # fmt: skip
 
 
@@ -249,7 +263,8 @@ def _composite_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _composite_twin(*arguments: Any) -> tuple[Tensor, ...]:
     """The reference says all but the last entry of each pixel, which its gradient does not need."""
-    render, alpha, largest, weight = reference.composite(*arguments[:6], arguments[7], arguments[9], *arguments[11:])
+    inputs: Any = (*arguments[:6], arguments[7], arguments[9], *arguments[11:])
+    render, alpha, largest, weight = reference.composite(*inputs)
     return render, alpha, 1 - alpha, torch.zeros_like(alpha, dtype=torch.int32), largest, weight
 
 
@@ -272,12 +287,16 @@ def _composite_backward_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]
     _composite_backward_c[kind](
         *_dispatch.place(kind, out[0]), *_drawing(*drawing), *map(_dispatch.pointer, (rest, last, v_render, v_alpha, slots)), *pointers,
     )  # fmt: skip
+    if kind == "cuda" and drawing[5] is not None:
+        behind = (rest[..., None] * v_render[..., : drawing[5].shape[-1]]).sum((2, 3))  # type: ignore[index]
+        return (*out[:5], behind, out[6])
     return out
 
 
 def _composite_backward_twin(v_render: Tensor, v_alpha: Tensor, rest: Tensor, last: Tensor, *drawing: Any) -> tuple[Tensor, ...]:
     def run(*tensors: Any) -> tuple[Tensor, ...]:
-        return reference.composite(*tensors, drawing[7], drawing[9], *drawing[11:])[:2]
+        inputs: Any = (*tensors, drawing[7], drawing[9], *drawing[11:])
+        return reference.composite(*inputs)[:2]
 
     found = _differentiate(run, drawing[:6], (v_render, v_alpha))
     # The sum of absolute values is no derivative; where it is asked for, the native kernels must run.
@@ -325,8 +344,12 @@ def _refuse_twice(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     )
 
 
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
 for _name in ("gaussians_project_backward", "gaussians_composite_backward"):
-    torch.library.register_autograd(f"geossl::{_name}", _refuse_twice, setup_context=lambda *_: None, lib=_dispatch.LIBRARY)
+    torch.library.register_autograd(f"geossl::{_name}", _refuse_twice, setup_context=_save_nothing, lib=_dispatch.LIBRARY)
 
 
 def _composite_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

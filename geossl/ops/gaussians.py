@@ -97,19 +97,20 @@ def rasterize_gaussians(
         ValueError: a shape, device or value is wrong; TypeError: a type is. Values on CUDA are only checked with ``GEOSSL_CHECKS=1``.
 
     Example:
-        >>> one = torch.ones(1, 1)
-        >>> render, alpha, _ = rasterize_gaussians(
-        ...     torch.zeros(1, 3), torch.eye(4)[:1], 0.1 * torch.ones(1, 3), torch.ones(1), torch.ones(1, 3),
-        ...     torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 2], [0, 0, 0, 1]]]), torch.tensor([[[9.0, 0, 4], [0, 9, 4], [0, 0, 1]]]),
-        ...     8, 8)
+        >>> view = torch.eye(4)[None]
+        >>> lens = torch.tensor([[[9.0, 0, 4], [0, 9, 4], [0, 0, 1]]])
+        >>> mean, quat, scale = torch.tensor([[0.0, 0, 2]]), torch.eye(4)[:1], torch.full((1, 3), 0.1)
+        >>> render, alpha, meta = rasterize_gaussians(mean, quat, scale, torch.ones(1), torch.ones(1, 3), view, lens, 8, 8)
         >>> render.shape, alpha.shape
         (torch.Size([1, 8, 8, 3]), torch.Size([1, 8, 8, 1]))
     """
-    for kind, name, known in (
-        ("render_mode", render_mode, _RENDER_MODES), ("rasterize_mode", rasterize_mode, _RASTERIZE_MODES), ("backend", backend, _BACKENDS),
-    ):  # fmt: skip
-        if name not in known:
-            raise unknown_name(f"{_OP} {kind}", str(name), known)
+    for kind, chosen, known in (
+        ("render_mode", str(render_mode), _RENDER_MODES),
+        ("rasterize_mode", str(rasterize_mode), _RASTERIZE_MODES),
+        ("backend", str(backend), _BACKENDS),
+    ):
+        if chosen not in known:
+            raise unknown_name(f"{_OP} {kind}", chosen, known)
     width, height = _checks.positive(_OP, "width", width), _checks.positive(_OP, "height", height)
     options = {"near_plane": near_plane, "far_plane": far_plane, "radius_clip": radius_clip, "eps2d": eps2d}
     for name, value in options.items():
@@ -206,17 +207,20 @@ class _Scene:
             self.scales = self.flatten(_shaped("scales", scales, means, "[..., N, 3]", [*lead, count, 3]))
         else:
             self.covars = self.flatten(_shaped("covars", covars, means, "[..., N, 3, 3]", [*lead, count, 3, 3]))
-        self._colors(_floating("colors", colors, means), sh_degree, cameras)
+        self.sh_degree = sh_degree
+        self.colors: Tensor = self._colors(_floating("colors", colors, means), cameras)
         channels = 3 if sh_degree is not None else self.colors.shape[-1]
-        self.backgrounds = None
+        self.backgrounds: Tensor | None = None
         if render_mode in ("D", "ED"):
-            self.sh_degree, self.colors = None, self.means.new_empty(*self.means.shape[:1], 1, count, 0)
+            self.sh_degree, self.colors = None, self.means.new_empty(self.means.shape[0], 1, count, 0)
         elif backgrounds is not None:
             self.backgrounds = self.flatten(_shaped("backgrounds", backgrounds, means, "[..., C, D]", [*lead, cameras, channels]))
         if not means.is_meta and not torch.compiler.is_compiling() and _checks.read_values(means):
             self._values()
 
-    def _colors(self, colors: Tensor, sh_degree: int | None, cameras: int) -> None:
+    def _colors(self, colors: Tensor, cameras: int) -> Tensor:
+        """Check colours or coefficients and return them with a dimension for cameras."""
+        sh_degree = self.sh_degree
         lead, count = list(self.leading), self.means.shape[1]
         form = "[..., N, D] or [..., C, N, D]"
         tail = 1
@@ -236,8 +240,7 @@ class _Scene:
                 + ("" if sh_degree is not None or colors.dim() < 3 else "; coefficients of spherical harmonics need sh_degree")
             )
         colors = self.flatten(colors)
-        self.colors = colors if per_camera else colors.unsqueeze(1)
-        self.sh_degree = sh_degree
+        return colors if per_camera else colors.unsqueeze(1)
 
     def _values(self) -> None:
         """Refuse what is surely a mistake; what is merely degenerate is not drawn."""
@@ -310,9 +313,7 @@ def _reference_composite(
     means2d: Tensor, conics: Tensor, opacities: Tensor, features: Tensor, depths: Tensor | None, backgrounds: Tensor | None,
     probe: Tensor | None, ids: Tensor, places: Tensor, tile_starts: Tensor, starts: Tensor, width: int, height: int, with_ids: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return reference.composite(
-        means2d, conics, opacities, features, depths, backgrounds, ids, tile_starts, width, height, with_ids
-    )
+    return reference.composite(means2d, conics, opacities, features, depths, backgrounds, ids, tile_starts, width, height, with_ids)
 
 
 _REFERENCE = native.Pipeline(reference.project, reference.bin_tiles, _reference_composite)

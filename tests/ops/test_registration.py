@@ -66,6 +66,7 @@ def samples() -> dict[str, list[tuple]]:
         **segments_samples(),
         **sparse_samples(),
         **voxels_samples(),
+        **gaussians_samples(),
     }
 
 
@@ -88,6 +89,40 @@ def voxels_samples() -> dict[str, list[tuple]]:
         "voxel_corners": [
             (points, torch.tensor([9, 3]), None, found.coords, size, origin),
             (flat, None, torch.tensor([0, 4, 9]), found.coords, size, origin),
+        ],
+    }
+
+
+def gaussians_samples() -> dict[str, list[tuple]]:
+    """Arguments of the steps of rasterize_gaussians: two scenes of one camera each, and none at all."""
+    view = torch.eye(4).expand(2, 1, 4, 4) + torch.tensor([[0.0] * 4] * 2 + [[0, 0, 0, 3.0], [0.0] * 4])
+    lens = torch.tensor([[18.0, 0, 10], [0, 18, 9], [0, 0, 1]]).expand(2, 1, 3, 3).contiguous()
+    means, quats, scales, opacities = torch.rand(2, 7, 3), torch.rand(2, 7, 4), torch.rand(2, 7, 3) * 0.2, torch.rand(2, 7)
+    numbers = (20, 18, 0.01, 1e10, 0.0, 0.3, True)
+    scene = (means, quats, scales, None, opacities, view, lens, *numbers)
+    free = [t.clone().requires_grad_() for t in (means, quats, scales, opacities)]
+    covars = (means, None, None, torch.eye(3).expand(2, 7, 3, 3) * 0.01, opacities, view.clone().requires_grad_(), lens, *numbers)
+    means2d, depths, conics, seen, radii, tiles = torch.ops.geossl.gaussians_project(*scene)
+    lists = torch.ops.geossl.gaussians_bin(means2d, conics, seen, depths, radii, tiles, 20, 18)
+    splats, colors, behind = (means2d, conics, seen), torch.rand(2, 1, 7, 5), torch.rand(2, 1, 5)
+    moving = [t.clone().requires_grad_() for t in (*splats, colors, depths, behind, means2d)]
+    drawing = (*splats, colors, depths, behind, None, *lists, 20, 18)
+    _, _, rest, last, _, _ = torch.ops.geossl.gaussians_composite(*drawing, False)
+    return {
+        "gaussians_project": [scene, (*free[:3], None, free[3], view, lens, *numbers), covars],
+        "gaussians_project_backward": [
+            (means2d, depths, conics, seen, radii, True, *scene),
+            (means2d, depths, conics, seen, radii, False, *covars[:5], view, *covars[6:]),
+        ],
+        "gaussians_bin": [(means2d, conics, seen, depths, radii, tiles, 20, 18)],
+        "gaussians_composite": [
+            *((*drawing, with_ids) for with_ids in (False, True)),
+            (*moving[:5], None, None, *lists, 20, 18, False),
+            (*moving, *lists, 20, 18, True),
+        ],
+        "gaussians_composite_backward": [
+            (torch.rand(2, 1, 18, 20, 6), rest.clone(), rest, last, *splats, colors, depths, behind, probe, *lists, 20, 18, False)
+            for probe in (None, means2d)
         ],
     }
 

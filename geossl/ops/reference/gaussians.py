@@ -61,12 +61,28 @@ def project(
         means2d ``[B, C, N, 2]``, depths ``[B, C, N]``, conics ``[B, C, N, 3]`` (xx, xy, yy of the inverse covariance), opacities
         ``[B, C, N]``, radii ``[B, C, N, 2]`` int32, tiles touched ``[B, C, N]`` int32. All 0 where a Gaussian is not drawn.
     """
+    scene = (means, quats, scales, covars, opacities, viewmats, Ks, width, height, near_plane, far_plane, radius_clip, eps2d, antialiased)
+    with torch.no_grad():
+        drawn = (_project(None, *scene)[4] > 0).any(-1)
+    # Only those enter the graph: what is infinite in another would make its zero gradient NaN.
+    return _project(drawn, *scene)
+
+
+def _project(
+    drawn: Tensor | None, means: Tensor, quats: Tensor | None, scales: Tensor | None, covars: Tensor | None, opacities: Tensor,
+    viewmats: Tensor, Ks: Tensor, width: int, height: int, near_plane: float, far_plane: float, radius_clip: float, eps2d: float,
+    antialiased: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     valid = _valid(means, quats, scales, covars, opacities)
     means, opacities = torch.where(valid[..., None], means, 0.0), torch.where(valid, opacities, 0.0)
+    known = viewmats.isfinite().flatten(-2).all(-1, keepdim=True)  # [B, C, 1]
+    viewmats = torch.where(known[..., None], viewmats, 0.0)
     view = viewmats[:, :, None, :3, :3]
     p = (view @ means[:, None, :, :, None])[..., 0] + viewmats[:, :, None, :3, 3]
     fx, fy, cx, cy = (Ks[..., i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    keep = valid[:, None] & (p[..., 2] > 0) & (p[..., 2] >= near_plane) & (p[..., 2] <= far_plane) & p.isfinite().all(-1)
+    keep = known & valid[:, None] & (p[..., 2] > 0) & (p[..., 2] >= near_plane) & (p[..., 2] <= far_plane) & p.isfinite().all(-1)
+    if drawn is not None:
+        keep = keep & drawn
     x, y, z = torch.where(keep[..., None], p, 1.0).unbind(-1)
     u, v = fx * x / z + cx, fy * y / z + cy
     # The Jacobian is taken at a point clamped to a little outside the image: far outside, the approximation would explode.
@@ -75,6 +91,7 @@ def project(
     ty = z * torch.minimum(torch.maximum(y / z, -(cy / fy + tan_y)), (height - cy) / fy + tan_y)
     zero = torch.zeros_like(z)
     jacobian = torch.stack([fx / z, zero, -fx * tx / (z * z), zero, fy / z, -fy * ty / (z * z)], -1).unflatten(-1, (2, 3)) @ view
+    jacobian = torch.where(keep[..., None, None], jacobian, 0.0)
     if covars is None:
         assert quats is not None
         assert scales is not None
@@ -85,7 +102,8 @@ def project(
         minors = torch.stack([a[..., 0, i] * a[..., 1, j] - a[..., 0, j] * a[..., 1, i] for i, j in ((0, 1), (0, 2), (1, 2))], -1)
         det = (minors * minors).sum(-1)  # of the covariance, without cancellation
     else:
-        s = jacobian @ torch.where(valid[..., None, None], covars, 0.0)[:, None] @ jacobian.mT
+        symmetric = torch.where(valid[..., None, None], 0.5 * (covars + covars.mT), 0.0)
+        s = jacobian @ symmetric[:, None] @ jacobian.mT
         xx, xy, yy = s[..., 0, 0], s[..., 0, 1], s[..., 1, 1]
         det = xx * yy - xy * xy
     blurred = det + eps2d * (xx + yy) + eps2d * eps2d
