@@ -41,14 +41,17 @@ class RadianceGrid:
     labels: np.ndarray
     density_type: Literal["log", "alpha"]
 
-    def save(self, root: Path, scene: str) -> None:
-        """Write ``features/<scene>.npz`` and ``obb/<scene>.npy`` under ``root``."""
-        arrays: dict[str, Any] = {
+    def arrays(self) -> dict[str, Any]:
+        """Return what is stored of the grid, by the published names."""
+        return {
             "rgbsigma": self.rgbsigma, "resolution": np.array(self.rgbsigma.shape[:3]), "bbox_min": self.bbox_min,
-            "bbox_max": self.bbox_max,
-            "scale": f32(1), "offset": np.zeros(3, dtype=np.float32), "from_mitsuba": np.array(False),
+            "bbox_max": self.bbox_max, "scale": f32(1), "offset": np.zeros(3, dtype=np.float32), "from_mitsuba": np.array(False),
             "density_type": np.array(self.density_type),
         }  # fmt: skip
+
+    def save(self, root: Path, scene: str) -> None:
+        """Write ``features/<scene>.npz`` and ``obb/<scene>.npy`` under ``root``."""
+        arrays = self.arrays()
         atomic_write(root / "features" / f"{scene}.npz", lambda file: np.savez_compressed(file, **arrays))
         atomic_write(root / "obb" / f"{scene}.npy", partial(np.save, arr=self.boxes.astype(np.float32)))
 
