@@ -302,6 +302,21 @@ def _covered(center: np.ndarray, normal: np.ndarray, reach: np.ndarray, far: flo
     return (above & parallel).sum(1) >= 2
 
 
+def _despot(center: np.ndarray, normal: np.ndarray, color: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Return colours ``[n, 3]`` without single points of a layer that shines through another: they take the colour all around them."""
+    distance, index = neighbors(center, 14)
+    difference = center[index] - center[:, None]
+    height = np.abs((difference * normal[:, None]).sum(2))
+    same = (np.abs((normal[index] * normal[:, None]).sum(2)) > 0.85) & (height < 0.6 * reach[:, None]) & (distance < 3 * reach[:, None])
+    around = np.where(same[..., None], color[index], np.nan)
+    enough = same.sum(1) >= 6
+    around[~enough] = 0
+    middle = np.nanmedian(around, axis=1)
+    alike = (np.abs(color[index] - middle[:, None]).max(2) < 0.12) & same
+    odd = enough & (np.abs(color - middle).max(1) > 0.15) & (alike.sum(1) >= 0.62 * same.sum(1))
+    return np.where(odd[:, None], middle, color).astype(np.float32)
+
+
 def prepare_object(row: int) -> Surfels:
     """Make the surfels of embedded object ``row``, in metres, its base at z = 0 and its middle at x = y = 0."""
     library = load_objects()
@@ -333,6 +348,7 @@ def prepare_object(row: int) -> Surfels:
         if hidden.mean() < 0.8:
             center, normal, color, sigma, front, back = (values[~hidden] for values in (center, normal, color, sigma, front, back))
 
+        color = _despot(center, normal, color, np.maximum(1.5 * sigma, 0.01))
     points, directions = center, normal
     rounds, shrink = (2, (1.0, 0.9)) if typical > 0.045 else (1, (0.95,)) if typical > 0.014 else (0, ())
     for turn in range(rounds):
