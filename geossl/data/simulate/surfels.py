@@ -140,29 +140,25 @@ class Occupancy:
 
     def free(self, start: np.ndarray, direction: np.ndarray, first: float, last: np.ndarray | float, step: float) -> np.ndarray:
         """Return ``[n]`` bool: from ``start [n, 3]`` along the unit ``direction [n, 3]``, nothing between ``first`` and ``last`` metres."""
-        last = np.broadcast_to(f32(last), len(start))
-        alive = np.arange(len(start))
         free = np.ones(len(start), dtype=bool)
-        place, ray, end = (start - self.origin) / self.cell, direction / self.cell, last
-        limit = self.shape.astype(np.float32)
-        distance = f32(first)
+        place, ray = (f32(start) - self.origin) / self.cell, f32(direction) / self.cell
+        # Where the ray is inside the grid: there no sample needs a check of its bounds.
+        safe = np.where(np.abs(ray) > 1e-9, ray, f32(1e-9))
+        a, b = (f32(1e-3) - place) / safe, (self.shape.astype(np.float32) - f32(1e-3) - place) / safe
+        begin = np.maximum(np.minimum(a, b).max(1), f32(first))
+        end = np.minimum(np.maximum(a, b).min(1), f32(last))
+        alive = np.flatnonzero(begin < end)
+        at, end, move = place[alive] + ray[alive] * begin[alive, None], (end - begin)[alive], ray[alive] * f32(step)
+        columns, rows = int(self.shape[1]), int(self.shape[2])
+        gone = f32(0)
         while len(alive):
-            at = place + ray * distance
-            hit = self.filled[self.flat(at.astype(np.int32))]
+            x, y, z = at.astype(np.int32).T
+            hit = self.filled[(x * columns + y) * rows + z]
             free[alive[hit]] = False
-            distance += f32(step)
-            inside = ((at >= 0) & (at < limit)).all(1) | (distance < first + 3 * step)
-            keep = ~hit & inside & (end > distance)
-            alive, place, ray, end = alive[keep], place[keep], ray[keep], end[keep]
+            gone = gone + f32(step)
+            keep = np.flatnonzero(~hit & (end > gone))
+            alive, at, move, end = alive[keep], at[keep] + move[keep], move[keep], end[keep]
         return free
-
-
-def sphere_directions(count: int) -> np.ndarray:
-    """Return ``[count, 3]`` evenly spread unit vectors (a Fibonacci lattice)."""
-    number = np.arange(count) + 0.5
-    z, angle = 1 - 2 * number / count, np.pi * (1 + 5**0.5) * number
-    radius = np.sqrt(1 - z * z)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle), z], 1).astype(np.float32)
 
 
 def hemisphere(normal: np.ndarray, count: int, phase: np.ndarray) -> np.ndarray:
