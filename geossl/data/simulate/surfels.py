@@ -346,7 +346,7 @@ def prepare_object(row: int) -> Surfels:
 
         color = _despot(center, normal, color, np.maximum(1.5 * sigma, 0.01))
     points, directions = center, normal
-    rounds, shrink = (2, (1.0, 0.9)) if typical > 0.045 else (1, (0.95,)) if typical > 0.014 else (0, ())
+    rounds, shrink = (2, (1.0, 0.8)) if typical > 0.09 else (1, (0.95,)) if typical > 0.014 else (0, ())
     for turn in range(rounds):
         middle, turned, shade, parent = _midpoints(center, normal, color, typical if turn == 0 else 0.72 * typical)
         sigma = np.concatenate([sigma, sigma[parent]]) * f32(shrink[turn])
