@@ -113,7 +113,7 @@ class Room:
             raise ValueError(f"Room.render: takes one camera, got world_to_cam {list(camera.world_to_cam.shape)}; select one, cameras[i]")
         width, height, k = camera.width, camera.height, camera.intrinsics.float()
         pose = camera.world_to_cam.float()
-        rows, plane = self._seen(pose, k, width, height)
+        rows, plane, center, reach = self._seen(pose, k, width, height)
         features = torch.cat([self.colors.index_select(0, rows), plane], 1)
         image, alpha, meta = ops.rasterize_gaussians(
             self.means.index_select(0, rows), self.quats.index_select(0, rows), self.scales.index_select(0, rows),
@@ -128,14 +128,16 @@ class Room:
         blended = (image[..., 3:] / share * pixel).sum(-1)
         first = largest.clamp(min=0).flatten()
         top = (plane.index_select(0, first).view(height, width, 3) * pixel).sum(-1)
-        mixed = ~((blended - top).abs() < _MIXED * top)
-        inverse = torch.where(mixed, top, blended)
-        depth = torch.where(seen & (inverse > 1e-3), 1 / inverse.clamp(min=1e-3), 0.0)
+        # A plane holds as far as its surfel reaches; beyond, at silhouettes, it may run off anywhere.
+        near, size = (values.index_select(0, first).view(height, width) for values in (center, 4 * reach + 0.01))
+        mixed = ~((blended - top).abs() < _MIXED * top) | ((1 / top - near).abs() > size)
+        depth = torch.where(mixed, torch.minimum(torch.maximum(1 / top, near - size), near + size), 1 / blended)
+        depth = torch.where(seen, depth, 0.0)
         instance = torch.where(seen, self.instance.index_select(0, rows.index_select(0, first)).view(height, width), -1)
-        return View(camera, (image[..., :3] / share).clamp(0, 1) * seen[..., None], depth, instance, seen & ~mixed & (depth > 0))
+        return View(camera, (image[..., :3] / share).clamp(0, 1) * seen[..., None], depth, instance, seen & ~mixed)
 
-    def _seen(self, pose: Tensor, k: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
-        """Return the rows of the surfels that can be in the picture, and ``[n, 3]``, the inverse depth of their planes.
+    def _seen(self, pose: Tensor, k: Tensor, width: int, height: int) -> tuple[Tensor, ...]:
+        """Return the rows of surfels that can be in the picture, the inverse depth of their planes ``[n, 3]``, their depth and size ``[n]``.
 
         Inverse depth is ``a x + b y + c`` of the pixel counted from the image's middle; of a surfel seen edge-on, that of its centre.
         """
@@ -158,7 +160,7 @@ class Room:
         edge_on = across.abs() < 0.06 * (x * x + y * y + z * z).sqrt()
         share = torch.where(edge_on, 0.0, 1 / across)
         a, b, c = ((nx * m[0] + ny * m[1] + nz * m[2]) * share for m in turn)
-        return rows, torch.stack([a, b, torch.where(edge_on, 1 / z, c)], 1)
+        return rows, torch.stack([a, b, torch.where(edge_on, 1 / z, c)], 1), z, reach.index_select(0, rows)
 
     def visible_counts(self, view: View) -> Tensor:
         """Return how many pixels of each object a view shows, ``[objects]`` int64."""
