@@ -137,7 +137,7 @@ class Room:
         return View(camera, (image[..., :3] / share).clamp(0, 1) * seen[..., None], depth, instance, seen & ~mixed)
 
     def _seen(self, pose: Tensor, k: Tensor, width: int, height: int) -> tuple[Tensor, ...]:
-        """Return the rows of surfels that can be in the picture, the inverse depth of their planes ``[n, 3]``, their depth and size ``[n]``.
+        """Return the rows of surfels that can be in the picture, inverse depth of their planes ``[n, 3]``, their depth and size ``[n]``.
 
         Inverse depth is ``a x + b y + c`` of the pixel counted from the image's middle; of a surfel seen edge-on, that of its centre.
         """
