@@ -23,6 +23,7 @@ from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
 from geossl.data.scene_readers import RGBDFolderConfig, SUNRGBDConfig, TransformsConfig
 from geossl.data.shapenet import ShapeNet55Config
 from geossl.data.shards import ShardOptions, ShardsConfig, check_shards, write_shards
+from geossl.data.simulate import Room, RoomError, build_room
 from geossl.data.splits import group_resplit
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "PointDataConfig",
     "PointDataset",
     "RGBDFolderConfig",
+    "Room",
+    "RoomError",
     "RoomShardOptions",
     "RoomShardsConfig",
     "RoomShardsDataset",
@@ -55,6 +58,7 @@ __all__ = [
     "ShardsConfig",
     "TransformsConfig",
     "build_loader",
+    "build_room",
     "check_rooms",
     "check_shards",
     "collate",

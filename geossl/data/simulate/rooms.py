@@ -17,7 +17,7 @@ from geossl.data.simulate.light import bake, draw_lights
 from geossl.data.simulate.room_plan import Plan, RoomError
 from geossl.data.simulate.shell import make_shell
 from geossl.data.simulate.surfels import FLATNESS, Surfels, f32, object_surfels
-from geossl.geometry import Cameras, back_project, matrix_to_quaternion, pixel_centers
+from geossl.geometry import Cameras, Gaussians, back_project, matrix_to_quaternion, pixel_centers
 
 OPACITY = 0.999
 _NEAR = 0.1
@@ -93,6 +93,11 @@ class Room:
     def opacities(self) -> Tensor:
         """Opacities of the surfels, ``[n]``."""
         return self.means.new_full((len(self.means),), OPACITY)
+
+    @property
+    def gaussians(self) -> Gaussians:
+        """The surfels as Gaussian splats, for :func:`geossl.ops.rasterize_gaussians`, fitting and viewers."""
+        return Gaussians.from_colors(self.means, self.quats, self.scales, self.opacities, self.colors)
 
     def rng(self, purpose: int) -> np.random.Generator:
         """Return the generator for one use of the room (views, noise...); the same for every process."""
