@@ -1,4 +1,4 @@
-"""Convert a folder of meshes or clouds to memory-mapped shards; resumes when interrupted.
+"""Convert a folder of meshes or clouds to memory-mapped shards, or build furnished rooms; resumes when interrupted.
 
 The same as ``geossl prepare-data``.
 """

@@ -1,10 +1,12 @@
 """``geossl prepare-data``: bring data into the form the package reads quickly.
 
     prepare_data.py folder --source MESHES --out SHARDS --points 8192     a folder of meshes or clouds -> memory-mapped shards
-    prepare_data.py check --source SHARDS                                 compare every file of a shard set with its checksum
+    prepare_data.py rooms --count 1000 --views 8 --out ROOMS --workers 4  build furnished rooms -> webdataset shards, contact sheet
+    prepare_data.py check --source SHARDS                                 compare every file of a set with its checksum
     prepare_data.py objects --source CATALOGUE --out FILE.npz             rebuild the embedded objects
 
-``folder`` continues where it was interrupted when the same command is given again. Then: ``data: {name: shards, root: SHARDS}``.
+``folder`` and ``rooms`` continue where they were interrupted when the same command is given again. Then: ``data: {name: shards, root:
+SHARDS}``, or ``RoomShardsConfig(root=ROOMS).build()``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from geossl.config import load_config
 from geossl.data import FileOptions, ShardOptions, check_shards, write_shards
 from geossl.data.objects import pack_objects
+from geossl.data.room_shards import RoomShardOptions, check_rooms, write_rooms
 from geossl.errors import ConfigError, unknown_name
 
 
@@ -35,11 +38,19 @@ class FolderCommand(FileOptions, ShardOptions):
 
 
 @dataclass(kw_only=True)
+class RoomsCommand(RoomShardOptions):
+    """Build furnished rooms and write them to shards; give the same command again to continue, or a larger count to add rooms."""
+
+    out: Path | None = None
+    """Folder to write."""
+
+
+@dataclass(kw_only=True)
 class CheckCommand:
-    """Compare every file of a shard set with its checksum."""
+    """Compare every file of a set of shards or rooms with its checksum."""
 
     source: Path | None = None
-    """Folder of the shard set."""
+    """Folder of the set."""
 
 
 @dataclass(kw_only=True)
@@ -84,8 +95,28 @@ def _folder(args: list[str]) -> int:
     return 0
 
 
+def _rooms(args: list[str]) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    command = load_config(RoomsCommand, None, args, prog="prepare-data rooms")
+    out = _given(command.out, "out")
+    options = RoomShardOptions(**{f.name: getattr(command, f.name) for f in fields(RoomShardOptions)})
+    started = time.perf_counter()
+    with Progress(TextColumn("building rooms"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=options.count)
+        index = write_rooms(out, options, lambda done, total: bar.update(task, completed=done, total=total))
+    size = sum(shard["bytes"] for shard in index["shards"]) / 1e6
+    print(f"{out}: {index['count']} rooms in {len(index['shards'])} shards, {size:.1f} MB, {time.perf_counter() - started:.1f} s")
+    print(f"look at: {out / 'contact_sheet.png'}")
+    print(f"use it with: RoomShardsConfig(root={str(out)!r}).build(), or webdataset")
+    return 0
+
+
 def _check(args: list[str]) -> int:
     source = _given(load_config(CheckCommand, None, args, prog="prepare-data check").source, "source")
+    if next(source.glob("room*-*.tar"), None) or next(source.glob("room_*.npz"), None):
+        print(f"{source}: all {check_rooms(source)} shards have the checksums of the index")
+        return 0
     print(f"{source}: all {check_shards(source)} files have the checksums of the index")
     return 0
 
@@ -98,7 +129,7 @@ def _objects(args: list[str]) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"folder": _folder, "check": _check, "objects": _objects}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"folder": _folder, "rooms": _rooms, "check": _check, "objects": _objects}
 
 
 def main(argv: list[str]) -> int:

@@ -11,17 +11,50 @@ Conventions, stated here once:
 * **Grids** are channels first, ``[B, C, X, Y, Z]``, z up.
 """
 
+from geossl.geometry.boxes import BOX_EDGES, box_corners, points_in_boxes
+from geossl.geometry.cameras import (
+    Cameras,
+    back_project,
+    intrinsics_from_fov,
+    invert_pose,
+    look_at,
+    pixel_centers,
+    pose_matrix,
+    project,
+    resize_intrinsics,
+    rotate,
+    transform_points,
+)
 from geossl.geometry.containers import Gaussians, Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry.rotations import frame_from_normal, matrix_to_quaternion, quaternion_to_matrix, rotation_about_z
 from geossl.geometry.spherical_harmonics import SH_C0, sh_basis, spherical_harmonics
 
 __all__ = [
+    "BOX_EDGES",
     "SH_C0",
+    "Cameras",
     "Gaussians",
     "Output",
     "PackedPoints",
     "PointBatch",
     "SparseVoxelTokens",
     "Tokens",
+    "back_project",
+    "box_corners",
+    "frame_from_normal",
+    "intrinsics_from_fov",
+    "invert_pose",
+    "look_at",
+    "matrix_to_quaternion",
+    "pixel_centers",
+    "points_in_boxes",
+    "pose_matrix",
+    "project",
+    "quaternion_to_matrix",
+    "resize_intrinsics",
+    "rotate",
+    "rotation_about_z",
     "sh_basis",
     "spherical_harmonics",
+    "transform_points",
 ]
