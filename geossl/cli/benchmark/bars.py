@@ -145,8 +145,8 @@ def table_of_bars(groups: Sequence[Group]) -> Any:
     from rich.table import Table
 
     table = Table(
-        caption="x peer: CPU time of the quickest peer over ours; speed-up: wall time with one thread over that with more; of caller: the same "
-        "for the CPU time of the calling thread, which other work on the machine does not touch"
+        caption="x peer: CPU time of the quickest peer over ours; speed-up: wall time with one thread over that with more; of caller: "
+        "the same for the CPU time of the calling thread, which other work on the machine does not touch"
     )
     table.add_column("name", overflow="fold")
     for title in ("threads", "CPU", "x peer: mean", "least", "bar", "aim", "speed-up", "of caller"):
