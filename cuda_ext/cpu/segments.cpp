@@ -189,21 +189,21 @@ GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* lar
   }
 }
 
-// Clones for several instruction sets are made of functions, not of templates.
-#define CLONES(SIMD, T, A)                                                                                                                   \
-  SIMD void sum_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) { sum(r, s0, s1, out, count); }          \
-  SIMD void max_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
-    extreme<true>(r, s0, s1, out, arg, seen);                                                                                            \
-  }                                                                                                                                      \
-  SIMD void min_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                  \
-    extreme<false>(r, s0, s1, out, arg, seen);                                                                                           \
-  }                                                                                                                                      \
-  SIMD void exponentials_clone(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {           \
-    exponentials(r, s0, s1, largest, total, seen, out);                                                                                  \
+// Instruction sets are chosen for functions, not for templates; see GEOSSL_SIMD.
+#define FOR_TYPE(SIMD, T, A)                                                                                                              \
+  SIMD void sum_of(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) { sum(r, s0, s1, out, count); }                      \
+  SIMD void max_of(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                             \
+    extreme<true>(r, s0, s1, out, arg, seen);                                                                                             \
+  }                                                                                                                                       \
+  SIMD void min_of(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                             \
+    extreme<false>(r, s0, s1, out, arg, seen);                                                                                            \
+  }                                                                                                                                       \
+  SIMD void exponentials_of(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {                      \
+    exponentials(r, s0, s1, largest, total, seen, out);                                                                                   \
   }
-CLONES(GEOSSL_SIMD, float, int32_t)
-CLONES(, double, int64_t)
-#undef CLONES
+FOR_TYPE(GEOSSL_SIMD, float, int32_t)
+FOR_TYPE(, double, int64_t)
+#undef FOR_TYPE
 
 bool valid(int64_t rows, int64_t channels, const int64_t* index, const int64_t* splits, int64_t size) {
   if (rows < 0 || channels < 0 || size < 0) return false;
@@ -240,7 +240,7 @@ GEOSSL_API int geossl_segment_sum_cpu(int threads, int is_double, const void* x,
   return for_type(is_double, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
-    split_segments(threads, r, [&](int64_t s0, int64_t s1) { sum_clone(r, s0, s1, static_cast<T*>(out), count); });
+    split_segments(threads, r, [&](int64_t s0, int64_t s1) { sum_of(r, s0, s1, static_cast<T*>(out), count); });
     return int{GEOSSL_OK};
   });
 }
@@ -258,8 +258,8 @@ GEOSSL_API int geossl_segment_extreme_cpu(int threads, int is_double, const void
     const auto narrow = scratch<Bits<T>>(arg ? size * channels : 0);  // row numbers as wide as T
     T* values = static_cast<T*>(out);
     split_segments(threads, r, [&](int64_t s0, int64_t s1) {
-      if (largest) max_clone(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
-      else min_clone(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
+      if (largest) max_of(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
+      else min_of(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
       for (int64_t s = s0; s < s1; ++s) {
         if (!seen[s]) std::fill(values + s * channels, values + (s + 1) * channels, static_cast<T>(fill));
         for (int64_t i = s * channels; arg && i < (s + 1) * channels; ++i) arg[i] = seen[s] ? narrow[i] : -1;
@@ -281,7 +281,7 @@ GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void
     T* to = static_cast<T*>(out);
     if (size == 0) std::fill(to, to + rows * channels, T(0));
     split_segments(threads, r,
-                   [&](int64_t s0, int64_t s1) { exponentials_clone(r, s0, s1, largest.get(), total.get(), seen.get(), to); });
+                   [&](int64_t s0, int64_t s1) { exponentials_of(r, s0, s1, largest.get(), total.get(), seen.get(), to); });
     return int{GEOSSL_OK};
   });
 }
@@ -296,7 +296,7 @@ GEOSSL_API int geossl_segment_logsumexp_cpu(int threads, int is_double, const vo
     const auto largest = scratch<T>(size * channels);
     const auto seen = scratch<uint8_t>(size);
     split_segments(threads, r, [&](int64_t s0, int64_t s1) {
-      exponentials_clone(r, s0, s1, largest.get(), static_cast<T*>(out), seen.get(), static_cast<T*>(nullptr));
+      exponentials_of(r, s0, s1, largest.get(), static_cast<T*>(out), seen.get(), static_cast<T*>(nullptr));
     });
     return int{GEOSSL_OK};
   });

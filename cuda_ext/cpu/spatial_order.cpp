@@ -14,7 +14,7 @@ struct Coded {
 };
 
 // Spreads the lowest 10 bits three apart.
-inline uint32_t spread_bits(uint32_t v) {
+inline uint32_t spread_10_bits(uint32_t v) {
   v = (v | v << 16) & 0x030000ffu;
   v = (v | v << 8) & 0x0300f00fu;
   v = (v | v << 4) & 0x030c30c3u;
@@ -87,7 +87,7 @@ class Grouping {
       own.fill(0);
       for (int64_t i = from; i < to; ++i) {
         uint32_t code = 0;
-        for (int a = 0; a < 3; ++a) code |= spread_bits(static_cast<uint32_t>(static_cast<int32_t>((at[a][i] - low[a]) * scale))) << a;
+        for (int a = 0; a < 3; ++a) code |= spread_10_bits(static_cast<uint32_t>(static_cast<int32_t>((at[a][i] - low[a]) * scale))) << a;
         items[i] = {code, order_[begin + i]};
       }
       for (int64_t i = from; i < to && pieces > 1; ++i) ++own[top_digit(items[i].code)];

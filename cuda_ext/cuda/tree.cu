@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) bounds_kernel(Sorting<T> s) {
 }
 
 // Spreads the lowest 10 bits three apart.
-__device__ __forceinline__ unsigned spread_bits(unsigned v) {
+__device__ __forceinline__ unsigned spread_10_bits(unsigned v) {
   v = (v | v << 16) & 0x030000ffu;
   v = (v | v << 8) & 0x0300f00fu;
   v = (v | v << 4) & 0x030c30c3u;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(Sorting<T> s) {
       code = 0;  // all equal, or further apart than the type can tell: they stay in index order
       if (scale > T(0) && scale < infinity<T>())
         for (int axis = 0; axis < 3; ++axis)
-          code |= spread_bits(static_cast<unsigned>(min((p[axis] - number(bounds[axis])) * scale, T(kLast)))) << axis;
+          code |= spread_10_bits(static_cast<unsigned>(min((p[axis] - number(bounds[axis])) * scale, T(kLast)))) << axis;
     }
     s.key[place] = group << kKeyBits | code;
   }

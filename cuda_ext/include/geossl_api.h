@@ -27,7 +27,8 @@ enum GeosslStatus : int {
 };
 
 // Compiles a function three times, for any x86-64, for AVX2 and for AVX-512, and picks one when the library is loaded.
-// Use it on free functions that contain the hot loop: clones are not inlined into their callers. It needs gcc 12 and
+// Use it on free functions that contain the hot loop, for float alone: clones are not inlined into their callers, and each takes as long to
+// compile as the function; float64 is there to be exact. It needs gcc 12 and
 // glibc; elsewhere (AArch64 has NEON as its baseline) and under a sanitizer it is empty.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__CUDACC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)

@@ -50,7 +50,7 @@ struct Limits {
 };
 
 // Spreads 21 bits so that two zero bits follow each.
-GEOSSL_HD uint64_t spread_bits(uint64_t v) {
+GEOSSL_HD uint64_t spread_21_bits(uint64_t v) {
   v = (v | v << 32) & 0x001f00000000ffffull;
   v = (v | v << 16) & 0x001f0000ff0000ffull;
   v = (v | v << 8) & 0x100f00f00f00f00full;
@@ -58,7 +58,7 @@ GEOSSL_HD uint64_t spread_bits(uint64_t v) {
   return (v | v << 2) & 0x1249249249249249ull;
 }
 
-GEOSSL_HD uint64_t interleave(uint32_t x, uint32_t y, uint32_t z) { return spread_bits(x) << 2 | spread_bits(y) << 1 | spread_bits(z); }
+GEOSSL_HD uint64_t interleave(uint32_t x, uint32_t y, uint32_t z) { return spread_21_bits(x) << 2 | spread_21_bits(y) << 1 | spread_21_bits(z); }
 
 // One level of the Hilbert transform (Skilling 2004, "Programming the Hilbert curve"): reflects or swaps the lower bits of an axis with x.
 GEOSSL_HD void hilbert_level(uint32_t bit, uint32_t& x, uint32_t& axis) {

@@ -19,6 +19,7 @@ BOTH(gaussians_composite_backward, DRAWING, const void*, const int32_t*, const v
 extern "C" {
 int geossl_gaussians_bin_cpu(int, int, const void*, const void*, const void*, const void*, const int32_t*, int64_t, int64_t, int, int,
                              const int64_t*, int32_t*, int32_t*, int64_t*);
+int geossl_gaussians_starts_cpu(int, const int32_t*, int64_t, int64_t*);
 int geossl_gaussians_emit_cuda(int, void*, const void*, const void*, const void*, const void*, const int32_t*, int64_t, int64_t, int, int,
                                const int64_t*, void*, void*);
 int geossl_gaussians_tile_ranges_cuda(int, void*, const void*, const void*, int64_t, int64_t, int32_t*, int32_t*, int64_t*);
@@ -67,8 +68,8 @@ struct Result {
 template <class T>
 void make_lists(const Scene<T>& s, bool cuda, Result<T>& r, const char* what) {
   const int64_t images = s.batch * s.cameras, tiles = images * ((s.width + 15) / 16) * ((s.height + 15) / 16);
-  r.starts.assign(1, 0);
-  for (int32_t n : r.tiles) r.starts.push_back(r.starts.back() + n);
+  r.starts.assign(r.tiles.size() + 1, -7);
+  check(0 == geossl_gaussians_starts_cpu(2, r.tiles.data(), static_cast<int64_t>(r.tiles.size()), r.starts.data()), "where Gaussians start");
   const int64_t entries = r.starts.back();
   r.ids.assign(static_cast<size_t>(entries), -7), r.places = r.ids, r.tile_starts.assign(static_cast<size_t>(tiles + 1), 0);
   if (!cuda) {

@@ -259,6 +259,18 @@ def test_threads_do_not_matter(inputs, on_backend, name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+def test_deterministic_algorithms_change_nothing(inputs, backend, name):
+    """Nothing is refused, and memory that torch then fills with NaN (uninitialised outputs) is all written."""
+    batch = make(inputs, "tracks", "packed")
+    want = OPERATORS[name](batch)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(OPERATORS[name](batch), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_strides_do_not_matter(inputs, backend, name):
     batch = make(inputs, "uniform", "padded")
     want = OPERATORS[name](batch)
