@@ -76,7 +76,7 @@ bool bin_image(const Image<T>& image, int threads, int64_t row_base, int64_t bef
   const auto count = static_cast<int64_t>(rows.size());
   const int64_t tiles = int64_t{image.across} * image.down;
   // Every piece of the depth order counts, then writes behind the pieces before it: the lists do not depend on the pieces.
-  const int pieces = static_cast<int>(std::clamp<int64_t>(count / 8192, 1, std::max(threads, 1)));
+  const int pieces = static_cast<int>(std::clamp<int64_t>(count / 4096, 1, std::max(threads, 1)));
   std::vector<std::vector<Span>> spans(static_cast<size_t>(pieces));
   std::vector<int64_t> entries(static_cast<size_t>(pieces * tiles), 0);
   const auto each_piece = [&](auto&& f) {

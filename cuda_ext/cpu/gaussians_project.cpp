@@ -43,7 +43,7 @@ void project(const Scenes<T>& scene, int threads, const Splats<T>& out) {
   for (int64_t image = 0; image < scene.batch * scene.cameras; ++image) {
     const Camera<T> camera = scene.camera(image);
     const int64_t base = image / scene.cameras * scene.count, to = image * scene.count;
-    parallel_for(threads, scene.count, 8192, [&](int64_t begin, int64_t end) {
+    parallel_for(threads, scene.count, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Shape<T> shape;
         Projection<T> projection;

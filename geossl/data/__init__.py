@@ -7,6 +7,7 @@ any single file. The files are named for what they hold: ``objects``, ``shapenet
 from geossl.data.augment import AugmentConfig
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
 from geossl.data.folder import FileOptions, FolderConfig
+from geossl.data.gaussian_ply import read_gaussians, write_gaussians
 from geossl.data.loader import Loader, build_loader
 from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
@@ -39,6 +40,8 @@ __all__ = [
     "collate",
     "group_resplit",
     "load_objects",
+    "read_gaussians",
     "read_points",
+    "write_gaussians",
     "write_shards",
 ]

@@ -25,12 +25,15 @@ from geossl.geometry.cameras import (
     rotate,
     transform_points,
 )
-from geossl.geometry.containers import Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry.containers import Gaussians, Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
 from geossl.geometry.rotations import frame_from_normal, matrix_to_quaternion, quaternion_to_matrix, rotation_about_z
+from geossl.geometry.spherical_harmonics import SH_C0, sh_basis, spherical_harmonics
 
 __all__ = [
     "BOX_EDGES",
+    "SH_C0",
     "Cameras",
+    "Gaussians",
     "Output",
     "PackedPoints",
     "PointBatch",
@@ -51,5 +54,7 @@ __all__ = [
     "resize_intrinsics",
     "rotate",
     "rotation_about_z",
+    "sh_basis",
+    "spherical_harmonics",
     "transform_points",
 ]

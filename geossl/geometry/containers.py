@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from geossl.geometry.spherical_harmonics import SH_C0
+
 Self = TypeVar("Self", bound="_Movable")
 
 
@@ -211,6 +213,53 @@ class SparseVoxelTokens(_Movable):
             raise ValueError(f"SparseVoxelTokens.from_dense: mask must be bool {list(expected)}, got {mask.dtype} {list(mask.shape)}")
         x, y, z = grid.shape[2:]
         return cls(grid.movedim(1, -1)[mask], mask.nonzero().int(), (x, y, z), grid.shape[0], voxel_size, origin)
+
+
+@dataclass(frozen=True)
+class Gaussians(_Movable):
+    """A scene of Gaussian splats, with the activations applied: what a rasterizer takes.
+
+    Args:
+        means: Centres, ``[N, 3]``.
+        quats: Rotations wxyz of any length but 0, ``[N, 4]``.
+        scales: Standard deviations along the axes, ``[N, 3]``.
+        opacities: In [0, 1], ``[N]``.
+        sh: Coefficients of spherical harmonics, ``[N, K, 3]`` with K of 1, 4, 9 or 16; the colour is ``max(0, 0.5 + sum)``.
+    """
+
+    means: Tensor
+    quats: Tensor
+    scales: Tensor
+    opacities: Tensor
+    sh: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.means.shape[0] if self.means.dim() == 2 else -1
+        for name, shape in (("means", (count, 3)), ("quats", (count, 4)), ("scales", (count, 3)), ("opacities", (count,))):
+            given = getattr(self, name).shape
+            if tuple(given) != shape:
+                raise ValueError(f"Gaussians: {name} must be {['N', *shape[1:]]}, here N = {max(count, 0)}, got {list(given)}")
+        if self.sh.dim() != 3 or self.sh.shape[0] != count or self.sh.shape[1] not in (1, 4, 9, 16) or self.sh.shape[2] != 3:
+            raise ValueError(f"Gaussians: sh must be [{count}, 1, 4, 9 or 16, 3], got {list(self.sh.shape)}")
+
+    @classmethod
+    def from_colors(cls, means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor) -> Gaussians:
+        """Make Gaussians of one colour ``[N, 3]`` in [0, 1] from all sides."""
+        return cls(means, quats, scales, opacities, ((colors - 0.5) / SH_C0)[:, None])
+
+    def __len__(self) -> int:
+        """Number of Gaussians."""
+        return self.means.shape[0]
+
+    @property
+    def sh_degree(self) -> int:
+        """Degree of the spherical harmonics, 0 to 3."""
+        return {1: 0, 4: 1, 9: 2, 16: 3}[self.sh.shape[1]]
+
+    @property
+    def colors(self) -> Tensor:
+        """Colour without the part that depends on the view, ``[N, 3]``, at least 0."""
+        return (self.sh[:, 0] * SH_C0 + 0.5).clamp(min=0)
 
 
 @dataclass(frozen=True)

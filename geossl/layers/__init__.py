@@ -1,7 +1,11 @@
-"""Shared layers: attention, the transformer block, token embeddings, position codes, masks. They know nothing of models or methods."""
+"""Shared layers: attention, the transformer block, token embeddings, position codes, masks, likeness of images.
+
+They know nothing of models or methods.
+"""
 
 from geossl.layers.attention import Attention, Segments, scaled_dot_product
 from geossl.layers.block import Block, BlockStack, init_transformer_weights
+from geossl.layers.image_metrics import l1, psnr, ssim
 from geossl.layers.masking import block_mask, random_mask
 from geossl.layers.norm import BatchNorm
 from geossl.layers.position import PositionMLP
@@ -19,6 +23,9 @@ __all__ = [
     "Segments",
     "block_mask",
     "init_transformer_weights",
+    "l1",
+    "psnr",
     "random_mask",
     "scaled_dot_product",
+    "ssim",
 ]

@@ -5,5 +5,6 @@ knows nothing of models or data.
 """
 
 from geossl.vis.report import write_report
+from geossl.vis.viewer import view_gaussians
 
-__all__ = ["write_report"]
+__all__ = ["view_gaussians", "write_report"]

@@ -113,6 +113,13 @@ def test_ops(tmp_path):
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_splat(tmp_path):
+    rows = run(tmp_path, "splat", "--quick", "--threads", "1")
+    check(rows, "splat")
+    assert [row["name"].endswith("backward") for row in rows] == [False, True]
+    assert all(row["peer"] == "plain torch by tiles" for row in rows)
+
+
 def test_data(tmp_path):
     rows = run(tmp_path, "data", "--quick")
     check(rows, "data")
@@ -534,7 +541,7 @@ def test_times_are_readable(value, text):
 @pytest.mark.parametrize(
     ("args", "error", "words"),
     [
-        ([], ConfigError, "steps, ops, data, import"),
+        ([], ConfigError, "steps, ops, splat, data, import"),
         (["step"], UnknownNameError, "did you mean 'steps'"),
         (
             ["ops", "--quick", "--threads", "1", "--rows", "knm*"],

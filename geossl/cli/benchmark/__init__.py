@@ -2,6 +2,7 @@
 
     benchmark.py steps  --json FILE [--method point_mae]    training steps, optimiser, feature extraction
     benchmark.py ops    --json FILE [--rows 'knn/*']        operators beside every peer, on four kinds of cloud, with 1 and 2 threads
+    benchmark.py splat  --json FILE                         the Gaussian rasterizer, with 1 and 2 threads
     benchmark.py data   --json FILE                         a batch, as a share of the step it feeds
     benchmark.py import --json FILE                         what importing geossl adds to importing torch
 
@@ -26,7 +27,8 @@ from typing import Any
 from geossl.config import load_config, require, split_arguments
 from geossl.errors import ConfigError, unknown_name
 
-SUITES = ("steps", "ops", "data", "import")
+SUITES = ("steps", "ops", "splat", "data", "import")
+ON_TWO = ("ops", "splat")  # suites measured with 1 and with 2 threads
 
 # Pools of threads of torch and of the libraries peers use; read when each of them is loaded.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TBB_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -39,7 +41,7 @@ class BenchmarkConfig:
     json: Path | None = None
     """File to write the rows to; none: only the table."""
     threads: str = ""
-    """Threads torch, the operators and the peers may use; of several, each has a process of its own. Default: 1,2 for ops, else 1."""
+    """Threads torch, the operators and the peers may use; of several, each has its own process. Default: 1,2 for ops and splat, else 1."""
     chart: Path | None = None
     """Picture of the rows of ops beside their peers; default: beside the JSON file."""
     method: str = "point_mae"
@@ -64,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     suite, args = split_arguments(argv)
     if suite is None:
         print((__doc__ or "").replace("``", ""))
-        load_config(BenchmarkConfig, None, args, prog="benchmark steps|ops|data|import")  # the flags, for --help
+        load_config(BenchmarkConfig, None, args, prog="benchmark steps|ops|splat|data|import")  # the flags, for --help
         raise ConfigError(f"benchmark: say first what to measure: {', '.join(SUITES)}")
     if suite not in SUITES:
         raise unknown_name("benchmark", suite, SUITES)
     config = load_config(BenchmarkConfig, None, args, prog=f"benchmark {suite}")
-    counts = [int(part) for part in (config.threads or ("1,2" if suite == "ops" else "1")).split(",")]
+    counts = [int(part) for part in (config.threads or ("1,2" if suite in ON_TWO else "1")).split(",")]
     rows = _measure_here(suite, config, counts[0]) if len(counts) == 1 else _measure_elsewhere(suite, config, counts)
     _show(rows)
     if config.json is not None:
@@ -168,6 +170,13 @@ def _cases(suite: str, config: BenchmarkConfig, folder: Path) -> dict[str, Calla
         if not config.quick:
             keep_memory()
         return ops.cases(config.quick)
+    if suite == "splat":
+        from geossl.cli.benchmark import splat
+        from geossl.cli.benchmark.measure import keep_memory
+
+        if not config.quick:
+            keep_memory()
+        return splat.cases(config.quick)
     if suite == "data":
         from geossl.cli.benchmark import data
 

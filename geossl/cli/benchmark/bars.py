@@ -44,6 +44,12 @@ BARS = {
     "voxelize + mean/1000000 at 0.05, 32 channels": Bar(1.8, 3),
     "chamfer_distance_patches/128x32 to 32, backward": Bar(5, 10),
     "chamfer_distance/8x2048 to 2048, backward": Bar(1.7, 3),
+    "rasterize_gaussians/5000 at 128x128": Bar(20, 40),
+    "rasterize_gaussians/5000 at 128x128, backward": Bar(20, 32),
+    "rasterize_gaussians/20000 at 128x128": Bar(20, 37),
+    "rasterize_gaussians/20000 at 128x128, backward": Bar(15, 25),
+    "rasterize_gaussians/100000 at 512x512": Bar(1, 1),  # no peer is asked
+    "rasterize_gaussians/100000 at 512x512, backward": Bar(1, 1),
 }
 """By the name of a row without its kind of cloud."""
 
@@ -54,8 +60,16 @@ GROWTH = (
     ("ball_query/512 of 2048, k=32", 2048, "ball_query/4096 of 100000, k=32", 100_000),
     ("ball_query/4096 of 100000, k=32", 4096, "ball_query/100000 of 100000, k=32", 100_000),
     ("voxelize + mean/100000 at 0.02, 32 channels", 100_000, "voxelize + mean/1000000 at 0.02, 32 channels", 1_000_000),
+    *(
+        (f"rasterize_gaussians/{small}{backward}", entries, f"rasterize_gaussians/{large}{backward}", more)
+        for small, entries, large, more in (
+            ("5000 at 128x128", 8_804, "20000 at 128x128", 35_294),
+            ("20000 at 128x128", 35_294, "100000 at 512x512", 473_363),
+        )
+        for backward in ("", ", backward")
+    ),
 )
-"""Pairs of rows, small and large, each with its size: points, or queries where the points stay the same."""
+"""Pairs of rows, small and large, each with its size: points, queries where the points stay the same, or Gaussians in tiles."""
 
 
 @dataclass(frozen=True)

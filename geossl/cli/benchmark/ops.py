@@ -180,7 +180,7 @@ def _group_case(batch: int, n: int, queries: int, k: int, channels: int, backwar
         flop=backward * grad.numel(),
         flop_is="one addition per gathered value backward" if backward else "none",
         peers={name: functools.partial(run, gather) for name, gather in group_peers(index).items()} | {"geossl.ops.reference": twin(call)},
-        differs=_values_differ,
+        differs=values_differ,
         target=target,
     )
 
@@ -209,7 +209,7 @@ def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float |
         flop=PAIR_FLOP * batch * n * n,
         flop_is=PER_PAIR + ", both directions sharing it",
         peers=peers,
-        differs=functools.partial(_losses_differ, x, y) if kind == "duplicates" and backward else _values_differ,
+        differs=functools.partial(_losses_differ, x, y) if kind == "duplicates" and backward else values_differ,
         target=target,
         cloud=kind,
         slow=SLOW_CALL,
@@ -247,7 +247,8 @@ def _picks_differ(points: Tensor, ours: Tensor, theirs: Tensor) -> str:
     return ""
 
 
-def _values_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
+def values_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    """Compare a result and the gradients after it by their norms."""
     for a, b, what in zip(ours, theirs, ("result", "gradient", "second gradient"), strict=False):
         error = float((a - b).norm() / a.norm().clamp(min=1e-30))
         if not error < 1e-4:
@@ -260,7 +261,7 @@ def _losses_differ(x: Tensor, y: Tensor, ours: list[Tensor], theirs: list[Tensor
 
     Whatever is chosen, the loss is a square of the coordinates, so by Euler's theorem their product with the gradient is twice the loss.
     """
-    if different := _values_differ(ours[:1], theirs[:1]):
+    if different := values_differ(ours[:1], theirs[:1]):
         return different
     loss, of_x, of_y = theirs
     product = float((of_x * x).double().sum() + (of_y * y).double().sum())

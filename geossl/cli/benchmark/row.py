@@ -30,7 +30,7 @@ class Row:
     """One measured thing. Times are seconds per call; ``None`` stands where there is nothing to say."""
 
     suite: str
-    """Which benchmark: steps, ops, data or import."""
+    """Which benchmark: steps, ops, splat, data or import."""
     name: str
     """What was measured, unique within the suite."""
     inputs: str
