@@ -213,7 +213,7 @@ def finish(work: GaussianFit, config: FitGaussiansConfig, first: Tensor, shown: 
         summary |= {"psnr": after.psnr, "ssim": after.ssim, "psnr_start": before.psnr, "ssim_start": before.ssim}
         summary["psnr_views"] = [round(value, 3) for value in after.psnrs.tolist()]
         text = (
-            f"{len(work.held_out)} held-out views: PSNR {after.psnr:.2f} dB (at the start {before.psnr:.2f}), "
+            f"held-out views ({len(work.held_out)} of {len(work.views)}): PSNR {after.psnr:.2f} dB (at the start {before.psnr:.2f}), "
             f"SSIM {after.ssim:.3f} ({before.ssim:.3f})"
         )
     atomic_write(folder / "summary.json", lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))

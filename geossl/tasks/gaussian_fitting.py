@@ -10,12 +10,12 @@ same scene, configuration and number of threads give the same bits. :class:`Gaus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geossl.config import require
 from geossl.errors import CheckpointError, ConfigError, DataError
@@ -258,9 +258,8 @@ class GaussianFit:
 
     @property
     def gaussians(self) -> Gaussians:
-        """The scene as it is now, with activations applied; not differentiable."""
-        with torch.no_grad():
-            return to_gaussians(self.rows.values)
+        """A copy of the scene as it is now, with activations applied; not differentiable."""
+        return to_gaussians({name: value.detach().clone() for name, value in self.rows.values.items()})
 
     @property
     def sh_degree(self) -> int:
@@ -323,6 +322,8 @@ class GaussianFit:
         """Measure views: those held out, or ``rows``."""
         rows = self.held_out if rows is None else torch.as_tensor(rows, dtype=torch.int64)
         image, target = self.render(rows), self._images[rows.to(self._images.device)]
+        if not len(rows):
+            return Score(torch.empty(0), torch.empty(0))
         small = min(image.shape[1:3]) < WINDOW
         return Score(psnr(image, target).cpu(), ssim(image, target, padding="same" if small else "valid").cpu())
 
@@ -350,7 +351,7 @@ def to_parameters(gaussians: Gaussians) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def to_gaussians(values: dict[str, nn.Parameter]) -> Gaussians:
+def to_gaussians(values: Mapping[str, Tensor]) -> Gaussians:
     """Return the Gaussians of optimised values. Differentiable."""
     sh = torch.cat([values["sh0"], values["sh_rest"]], 1)
     return Gaussians(values["means"], values["quats"], values["scales"].exp(), values["opacities"].sigmoid(), sh)
