@@ -112,6 +112,8 @@ def folder_flags(folder: Path, given: list[str]) -> list[str]:
         step = -(-frames // _MOST_FRAMES)
         flags = {"data.name": "rgbd_folder", "data.root": str(folder), "data.step": str(step), "data.views": str((frames - 1) // step + 1)}
     known = {flag.partition("=")[0].removeprefix("--") for flag in given}
+    if "data.views" in known:
+        flags.pop("data.all_views", None)
     return [text for key, value in flags.items() if key not in known for text in (f"--{key}", value) if text]
 
 

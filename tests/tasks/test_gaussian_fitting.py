@@ -39,7 +39,9 @@ def scene() -> SceneSample:
     return SceneSample(image[..., :3].movedim(-1, 1).clamp(0, 1), k.clone(), pose, depth=depth, source="ring")
 
 
-QUICK = GaussianFitConfig(steps=40, sh_every=15, start=StartConfig(count=300), density=DensityConfig(every=10, begin=0.2, end=0.5, gradient=1e-3))
+QUICK = GaussianFitConfig(
+    steps=40, sh_every=15, start=StartConfig(count=300), density=DensityConfig(every=10, begin=0.2, end=0.5, gradient=1e-3)
+)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -421,9 +423,9 @@ def test_two_views_suffice_when_none_is_held_out(scene):
 def test_depth_that_is_not_known_is_not_used(scene):
     unknown = dataclasses.replace(scene, depth=torch.full_like(scene.depth, math.nan))
     assert len(GaussianFit(unknown, QUICK).rows) == 300  # at random instead
-    with pytest.raises(DataError, match="start.source is 'depth'"):
+    with pytest.raises(DataError, match=r"start\.source is 'depth'"):
         GaussianFit(unknown, dataclasses.replace(QUICK, start=StartConfig(source="depth")))
-    with pytest.raises(DataError, match="start.source is 'points'"):
+    with pytest.raises(DataError, match=r"start\.source is 'points'"):
         GaussianFit(scene, dataclasses.replace(QUICK, start=StartConfig(source="points")))
     mask = torch.zeros_like(scene.depth, dtype=torch.bool)
     mask[:, 14:18] = True
