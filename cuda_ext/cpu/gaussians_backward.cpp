@@ -13,7 +13,7 @@ struct Canvas {
   alignas(64) T rest[kPixels], s[kPixels], front[kFused][kPixels];  // transmittance, s, gradient of the first channels
   alignas(64) int32_t last[kPixels];
   int32_t last_of_row[kTileSize], last_of_all;
-  T* more = nullptr;  // gradients of further channels
+  T *more = nullptr, *more_sums = nullptr;  // gradients of further channels; what Columns holds of the first ones, for these
 };
 
 // Sums over the rows of a tile, column by column.
@@ -53,6 +53,7 @@ GEOSSL_INLINE void row_gradient(const Record<T>& r, const T* GEOSSL_RESTRICT dx,
   T* GEOSSL_RESTRICT v1 = columns.sum[4];
   T* GEOSSL_RESTRICT v2 = columns.sum[5];
   T* GEOSSL_RESTRICT v3 = columns.sum[6];
+  GEOSSL_LANES
   for (int l = 0; l < kTileSize; ++l) {
     const T sigma = (ha * dx[l] + slope) * dx[l] + offset, raw = opacity * exp_minus(sigma);
     T alpha = raw < kMaxAlpha<T> ? raw : kMaxAlpha<T>;
@@ -89,6 +90,7 @@ template <class T>
 GEOSSL_INLINE void store_slot(const Record<T>& r, const T* GEOSSL_RESTRICT dx, Columns<T>& columns, bool absolute, int64_t channels,
                               T* GEOSSL_RESTRICT slot) {
   alignas(64) T moment[6][kTileSize];
+  GEOSSL_LANES
   for (int l = 0; l < kTileSize; ++l) {
     const T m0 = columns.sum[0][l], m1 = columns.sum[1][l];
     moment[0][l] = m0;
@@ -125,39 +127,50 @@ GEOSSL_INLINE void walk_back(const TileJob<T>& job, Canvas<T>& canvas, int64_t e
     const Record<T>& r = job.records[job.ids[i]];
     int first, end;
     const bool reached = r.opacity > T(0) && reached_rows(r, job.x, job.y, 0, kTileSize, first, end);
-    if (!reached || job.more) {
+    if (!reached) {
       for (int64_t k = 0; k < job.slot_size; ++k) slot[k] = T(0);
-      if (!reached) continue;
+      continue;
     }
+    GEOSSL_LANES
     for (int l = 0; l < kTileSize; ++l) dx[l] = job.x + T(l) - r.u;
+    const T* own = job.more ? d.features_of(job.ids[i]) : nullptr;
     Columns<T> columns;
     for (auto& sum : columns.sum)
+      GEOSSL_LANES
       for (int l = 0; l < kTileSize; ++l) sum[l] = T(0);
+    std::fill(canvas.more_sums, canvas.more_sums + job.more * kTileSize, T(0));
     for (int row = first; row < end; ++row) {
       if (canvas.last_of_row[row] <= i) continue;
       for (int64_t c = 0; c < job.more; ++c) {
-        const T f = d.feature(job.ids[i], kFused + c);
+        const T f = d.feature(own, job.ids[i], kFused + c);
         const T* GEOSSL_RESTRICT g = canvas.more + c * kPixels + row * kTileSize;
+        GEOSSL_LANES
         for (int l = 0; l < kTileSize; ++l) further[l] = c ? further[l] + f * g[l] : f * g[l];
       }
       row_gradient(r, dx, job.y, i + 1, canvas, row, further, weight, columns, v_sigma);
       for (int64_t c = 0; c < job.more; ++c) {
         const T* GEOSSL_RESTRICT g = canvas.more + c * kPixels + row * kTileSize;
-        alignas(64) T product[1][kTileSize];
-        for (int l = 0; l < kTileSize; ++l) product[0][l] = weight[l] * g[l];
-        sum_columns(product);
-        slot[features + kFused + c] += product[0][0];
+        T* GEOSSL_RESTRICT sum = canvas.more_sums + c * kTileSize;
+        GEOSSL_LANES
+        for (int l = 0; l < kTileSize; ++l) sum[l] += weight[l] * g[l];
       }
       if (!job.absolute) continue;
       const T dy = job.y + T(row) - r.v;
       T* GEOSSL_RESTRICT au = columns.sum[kMoments + kFused];
       T* GEOSSL_RESTRICT av = columns.sum[kMoments + kFused + 1];
+      GEOSSL_LANES
       for (int l = 0; l < kTileSize; ++l) {
         au[l] += std::fabs(v_sigma[l] * (2 * r.ha * dx[l] + r.b * dy));
         av[l] += std::fabs(v_sigma[l] * (r.b * dx[l] + 2 * r.hc * dy));
       }
     }
     store_slot(r, dx, columns, job.absolute, channels, slot);
+    for (int64_t c = 0; c < job.more; ++c) {
+      alignas(64) T sum[1][kTileSize];
+      std::copy(canvas.more_sums + c * kTileSize, canvas.more_sums + (c + 1) * kTileSize, sum[0]);
+      sum_columns(sum);
+      slot[features + kFused + c] = sum[0][0];
+    }
   }
 }
 
@@ -241,7 +254,8 @@ void backward(const Drawing<T>& d, int threads, const Incoming<T>& in, const Out
     const auto canvas = std::make_unique<Canvas<T>>();
     const int64_t more = std::max<int64_t>(d.blended() - kFused, 0);
     Scratch<T> further;
-    canvas->more = further.get(more * kPixels);
+    canvas->more = further.get(more * (kPixels + kTileSize));
+    canvas->more_sums = canvas->more + more * kPixels;
     for (int64_t tile = next(); tile >= 0; tile = next()) {
       const TilePlace place = tile_place(d, tile);
       load(d, place, in, *canvas, out.background ? behind.data() + tile * d.channels : nullptr);

@@ -108,6 +108,17 @@ bool bin_image(const Image<T>& image, int threads, int64_t row_base, int64_t bef
 }  // namespace
 }  // namespace geossl
 
+// Sums of the numbers of tiles before each Gaussian, and their total.
+GEOSSL_API int geossl_gaussians_starts_cpu(int, const int32_t* tiles, int64_t rows, int64_t* starts) {
+  int64_t sum = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    starts[row] = sum;
+    sum += tiles[row];
+  }
+  starts[rows] = sum;
+  return GEOSSL_OK;
+}
+
 // `starts` holds the number of entries before each Gaussian, as counted by the projection; its end is the length of ids and places.
 GEOSSL_API int geossl_gaussians_bin_cpu(int threads, int is_double, const void* means2d, const void* conics, const void* opacities,
                                         const void* depths, const int32_t* radii, int64_t images, int64_t count, int width, int height,

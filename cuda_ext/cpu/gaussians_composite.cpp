@@ -36,6 +36,7 @@ GEOSSL_INLINE void blend_row(const Record<T>& r, const T* GEOSSL_RESTRICT dx, T 
   T* GEOSSL_RESTRICT c2 = canvas.front[2] + row * kTileSize;
   T* GEOSSL_RESTRICT c3 = canvas.front[3] + row * kTileSize;
   int32_t* GEOSSL_RESTRICT last = canvas.last + row * kTileSize;
+  GEOSSL_LANES
   for (int l = 0; l < kTileSize; ++l) {
     const T sigma = (ha * dx[l] + slope) * dx[l] + offset;
     T alpha = opacity * exp_minus(sigma);
@@ -55,6 +56,7 @@ GEOSSL_INLINE void blend_row(const Record<T>& r, const T* GEOSSL_RESTRICT dx, T 
 
 template <class T>
 GEOSSL_INLINE void find_largest(const T* GEOSSL_RESTRICT weight, int32_t number, T* GEOSSL_RESTRICT heaviest, int32_t* GEOSSL_RESTRICT largest) {
+  GEOSSL_LANES
   for (int l = 0; l < kTileSize; ++l) {
     largest[l] = weight[l] > heaviest[l] ? number : largest[l];
     heaviest[l] = weight[l] > heaviest[l] ? weight[l] : heaviest[l];
@@ -65,6 +67,7 @@ GEOSSL_INLINE void find_largest(const T* GEOSSL_RESTRICT weight, int32_t number,
 template <class T>
 GEOSSL_INLINE bool row_lives(const T* rest) {
   int alive = 0;
+  GEOSSL_LANES
   for (int l = 0; l < kTileSize; ++l) alive |= rest[l] > T(0);
   return alive != 0;
 }
@@ -83,14 +86,17 @@ GEOSSL_INLINE void blend_tile(const TileJob<T>& job, Canvas<T>& canvas) {
     const Record<T>& r = job.records[job.ids[i]];
     int first, end;
     if (!reached_rows(r, job.x, job.y, low, high, first, end)) continue;
+    GEOSSL_LANES
     for (int l = 0; l < kTileSize; ++l) dx[l] = job.x + T(l) - r.u;
+    const int64_t more = r.opacity > T(0) ? job.more : 0;
+    const T* own = more ? job.drawing->features_of(job.ids[i]) : nullptr;
     for (int row = first; row < end; ++row) {
       blend_row(r, dx, job.y, i + 1, canvas, row, weight);
       if (job.with_ids) find_largest(weight, i + 1, canvas.heaviest + row * kTileSize, canvas.largest + row * kTileSize);
-      if (r.opacity == T(0)) continue;
-      for (int64_t c = 0; c < job.more; ++c) {
-        const T f = job.drawing->feature(job.ids[i], kFused + c);
+      for (int64_t c = 0; c < more; ++c) {
+        const T f = job.drawing->feature(own, job.ids[i], kFused + c);
         T* GEOSSL_RESTRICT to = canvas.more + c * kPixels + row * kTileSize;
+        GEOSSL_LANES
         for (int l = 0; l < kTileSize; ++l) to[l] += weight[l] * f;
       }
     }

@@ -5,6 +5,13 @@
 #include "gaussians.h"
 #include "points.h"
 
+// Before a loop over the 16 pixels of a row with a short body: gcc would unroll it before it could vectorise it.
+#if defined(__GNUC__) && !defined(__clang__)
+#define GEOSSL_LANES _Pragma("GCC unroll 1")
+#else
+#define GEOSSL_LANES
+#endif
+
 namespace geossl {
 
 constexpr int kPixels = kTileSize * kTileSize;
@@ -34,11 +41,11 @@ struct Drawing {
   int64_t tiles() const { return images * across * down; }
   // Row of the features of a Gaussian of an image.
   int64_t feature_row(int64_t row) const {
-    return features_per_camera ? row : row / (cameras * count) * count + row % count;
+    return features_per_camera || cameras == 1 ? row : row / (cameras * count) * count + row % count;
   }
-  T feature(int64_t row, int64_t channel) const {
-    return channel < channels ? features[feature_row(row) * channels + channel] : depths[row];
-  }
+  const T* features_of(int64_t row) const { return features + feature_row(row) * channels; }
+  // One of them: `own` is what features_of gave.
+  T feature(const T* own, int64_t row, int64_t channel) const { return channel < channels ? own[channel] : depths[row]; }
 };
 
 template <class T>
@@ -47,9 +54,10 @@ Record<T> make_record(const Drawing<T>& d, int64_t row) {
   const Ellipse<T> e(mean[0], mean[1], conic[0], conic[1], conic[2], d.opacities[row]);
   Record<T> r{e.u, e.v, T(0.5) * conic[0], conic[1], T(0.5) * conic[2], d.opacities[row], e.turn_x, e.b_c, e.q_c, e.det_cc, e.slack, {}};
   const int64_t blended = d.blended();
+  const T* own = d.features_of(row);
   T sum = 0;
   for (int64_t c = 0; c < blended; ++c) {
-    const T f = d.feature(row, c);
+    const T f = d.feature(own, row, c);
     sum += f - f;
     if (c < kFused) r.feature[c] = f;
   }

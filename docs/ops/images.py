@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from geossl import ops
-from geossl.data import DATASETS
+from geossl.data import DATASETS, load_objects
 
 FOLDER = Path(__file__).parent / "images"
 GREEN, RED, BLUE, GREY, INK = "#0b6e4f", "#d1495b", "#2e6f9e", "#c4c4c0", "#333333"
@@ -189,8 +189,41 @@ def sparse() -> Figure:
     return made
 
 
+def gaussians() -> Figure:
+    """An object as flat Gaussians along its surface: colour, depth, and which Gaussian each pixel is mostly made of."""
+    library, row = load_objects(), 427
+    coord, normal, color = (torch.from_numpy(array[row].astype(np.float32)) for array in (library.xyz, library.normal, library.rgb))
+    coord = (coord - (coord.amax(0) + coord.amin(0)) / 2) / (coord.amax(0) - coord.amin(0)).max()
+    normal, color = torch.nn.functional.normalize(normal, dim=1), color / 255
+    spacing = ops.knn(coord[None], coord[None], 4).distance[0, :, 3].sqrt()
+    # The rotation that turns the z axis, along which the Gaussian is thin, into the normal.
+    quats = torch.stack([1 + normal[:, 2], -normal[:, 1], normal[:, 0], torch.zeros(len(normal))], 1) + 1e-6
+    scales = torch.stack([0.7 * spacing, 0.7 * spacing, 0.05 * spacing], 1)
+    eye = torch.tensor([1.1, -1.5, 0.8])
+    forward = -eye / eye.norm()
+    right = torch.linalg.cross(forward, torch.tensor([0.0, 0, 1]))
+    right = right / right.norm()
+    view = torch.eye(4)
+    view[:3, :3] = torch.stack([right, torch.linalg.cross(forward, right), forward])
+    view[:3, 3] = -view[:3, :3] @ eye
+    size = 320
+    lens = torch.tensor([[1.3 * size, 0, size / 2], [0, 1.3 * size, size / 2], [0, 0, 1]])
+    render, alpha, meta = ops.rasterize_gaussians(
+        coord, quats, scales, torch.full((len(coord),), 0.95), color, view[None], lens[None], size, size, backgrounds=torch.ones(1, 3),
+        render_mode="RGB+ED", with_ids=True,
+    )  # fmt: skip
+    made, panels = figure(3, ["colour", "expected depth", "Gaussian of largest weight"], 3.4, spatial=False)
+    depth = torch.where(alpha[0, ..., 0] > 0.5, render[0, ..., 3], torch.nan)
+    palette = torch.rand(len(coord), 3, generator=torch.Generator().manual_seed(0))
+    found = meta["largest_id"][0].long()
+    panels[0].imshow(render[0, ..., :3].clamp(0, 1).numpy())
+    panels[1].imshow(depth.numpy(), cmap="viridis_r")
+    panels[2].imshow(torch.where(found[..., None] >= 0, palette[found.clamp(min=0)], 1.0).numpy())
+    return made
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
-    made.__name__: made for made in (sampling, neighbors, grouping, chamfer, voxels, segments, sparse)
+    made.__name__: made for made in (sampling, neighbors, grouping, chamfer, voxels, segments, sparse, gaussians)
 }  # fmt: skip
 
 

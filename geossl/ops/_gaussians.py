@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from geossl.ops import _dispatch, _native
+from geossl.ops import _checks, _dispatch, _native
 from geossl.ops._native import DOUBLE, INT, INT64, PTR
 from geossl.ops.reference import gaussians as reference
 
@@ -29,6 +29,8 @@ _SCENE = (INT, *[PTR] * 7, *[INT64] * 3, INT, INT, *[DOUBLE] * 4, INT)
 _project_c = _dispatch.functions("gaussians_project", *_SCENE, *[PTR] * 6)
 # scene, radii, gradients of means2d, depths, conics, opacities; of means, quats, scales, covars, opacities, viewmats; workspace (CUDA)
 _project_backward_c = _dispatch.functions("gaussians_project_backward", *_SCENE, *[PTR] * 12)
+# tiles, rows, starts
+_starts_cpu = _native.function("cpu", "geossl_gaussians_starts_cpu", INT, PTR, INT64, PTR)
 # is_double, means2d, conics, opacities, depths, radii, images, count, width, height, starts, ids, places, tile_starts
 _bin_cpu = _native.function("cpu", "geossl_gaussians_bin_cpu", INT, INT, *[PTR] * 5, INT64, INT64, INT, INT, *[PTR] * 4)
 # means2d, conics, opacities, depths, radii, images, count, width, height, starts, keys, rows
@@ -65,6 +67,20 @@ def _differentiate(
     return [grads[0].new_empty(0) if leaf is None else next(found) for leaf in leaves]
 
 
+def _check_values(opacities: Tensor, Ks: Tensor) -> None:
+    """Refuse what is surely a mistake; what is merely degenerate is not drawn."""
+    if not _checks.read_values(opacities):
+        return
+    # On the CPU by numpy: of a large tensor, torch would wake its own threads, which then spin beside those of the kernels.
+    values = opacities.detach() if opacities.is_cuda else opacities.detach().numpy()
+    if (values < 0).any() or (values > 1).any():
+        low, high = (float(v) for v in opacities.detach().nan_to_num(0.5).aminmax())
+        raise ValueError(f"{_OP}: opacities must lie in [0, 1], got values from {low:g} to {high:g}; of logits take torch.sigmoid")
+    focal = Ks[..., [0, 1], [0, 1]]
+    if not bool(((focal > 0) & focal.isfinite()).all()):
+        raise ValueError(f"{_OP}: Ks must have positive focal lengths K[0, 0] and K[1, 1], got {focal.flatten(0, -2).tolist()[:4]}")
+
+
 # Projection ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -90,10 +106,17 @@ def _project_fake(means: Tensor, quats: Any, scales: Any, covars: Any, opacities
 
 
 def _project_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    _check_values(arguments[4], arguments[6])
     scene = (*_contiguous(*arguments[:7]), *arguments[7:])
     out = _project_fake(*scene)
     _project_c[kind](*_dispatch.place(kind, arguments[0]), *_scene(*scene), *(t.data_ptr() for t in out))
     return out
+
+
+def project_twin(*arguments: Any) -> tuple[Tensor, ...]:
+    """:func:`geossl.ops.reference.gaussians.project`, after the check of values."""
+    _check_values(arguments[4], arguments[6])
+    return reference.project(*arguments)
 
 
 def _project_backward_fake(
@@ -140,7 +163,7 @@ _SCENE_SCHEMA = (
 _project = _dispatch.define(
     f"gaussians_project({_SCENE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     native=_project_native,
-    twin=reference.project,
+    twin=project_twin,
     fake=_project_fake,
 )
 _project_backward = _dispatch.define(
@@ -192,8 +215,12 @@ def _bin_native(
 ) -> tuple[Tensor, ...]:
     means2d, conics, opacities, depths, radii = _contiguous(means2d, conics, opacities, depths, radii)  # type: ignore[assignment]
     images, count = means2d.shape[0] * means2d.shape[1], means2d.shape[2]
-    starts = torch.zeros(images * count + 1, dtype=torch.int64, device=tiles.device)
-    torch.cumsum(tiles.reshape(-1), 0, out=starts[1:])
+    starts = torch.empty(images * count + 1, dtype=torch.int64, device=tiles.device)
+    if kind == "cpu":
+        _starts_cpu(*_dispatch.place(kind, tiles), tiles.contiguous().data_ptr(), images * count, starts.data_ptr())
+    else:
+        starts[0] = 0
+        torch.cumsum(tiles.reshape(-1), 0, out=starts[1:])
     ids, places, tile_starts, _ = _bin_outputs(means2d, int(starts[-1]), width, height)
     splats = [t.data_ptr() for t in (means2d, conics, opacities, depths, radii)]
     lists = [t.data_ptr() for t in (ids, places, tile_starts)]

@@ -215,8 +215,6 @@ class _Scene:
             self.sh_degree, self.colors = None, self.means.new_empty(self.means.shape[0], 1, count, 0)
         elif backgrounds is not None:
             self.backgrounds = self.flatten(_shaped("backgrounds", backgrounds, means, "[..., C, D]", [*lead, cameras, channels]))
-        if not means.is_meta and not torch.compiler.is_compiling() and _checks.read_values(means):
-            self._values()
 
     def _colors(self, colors: Tensor, cameras: int) -> Tensor:
         """Check colours or coefficients and return them with a dimension for cameras."""
@@ -241,15 +239,6 @@ class _Scene:
             )
         colors = self.flatten(colors)
         return colors if per_camera else colors.unsqueeze(1)
-
-    def _values(self) -> None:
-        """Refuse what is surely a mistake; what is merely degenerate is not drawn."""
-        if bool(((self.opacities < 0) | (self.opacities > 1)).any()):
-            low, high = (float(v) for v in self.opacities.nan_to_num(0.5).aminmax())
-            raise ValueError(f"{_OP}: opacities must lie in [0, 1], got values from {low:g} to {high:g}; of logits take torch.sigmoid")
-        focal = self.Ks[..., [0, 1], [0, 1]]
-        if not bool(((focal > 0) & focal.isfinite()).all()):
-            raise ValueError(f"{_OP}: Ks must have positive focal lengths K[0, 0] and K[1, 1], got {focal.flatten(0, -2).tolist()[:4]}")
 
     def flatten(self, tensor: Tensor) -> Tensor:
         if len(self.leading) == 1:
@@ -316,4 +305,4 @@ def _reference_composite(
     return reference.composite(means2d, conics, opacities, features, depths, backgrounds, ids, tile_starts, width, height, with_ids)
 
 
-_REFERENCE = native.Pipeline(reference.project, reference.bin_tiles, _reference_composite)
+_REFERENCE = native.Pipeline(native.project_twin, reference.bin_tiles, _reference_composite)

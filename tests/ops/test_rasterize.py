@@ -245,6 +245,31 @@ def test_schedules_of_the_gpu_agree_and_images_equal_those_of_the_cpu(on_backend
     assert torch.equal(results[0][1], cpu[1])
 
 
+def test_under_deterministic_algorithms():
+    x = scene(dtype=torch.float32)
+    want = everything(x, render_mode="RGB+ED")
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = everything(x, render_mode="RGB+ED")
+        everything(x, backend="reference")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_equals_the_cpu():
+    x = scene(2000, 2, channels=6, size=(90, 70), dtype=torch.float32, spread=0.1)
+    want = everything(x, render_mode="RGB+D")
+    y = {name: value.detach().cuda() if isinstance(value, Tensor) else value for name, value in x.items()}
+    got, again = (everything(y, render_mode="RGB+D", backend="native") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got[2:5], want[2:5], strict=True))
+    for a, b in zip(got, want, strict=True):
+        close(a.cpu(), b, 1e-4)
+
+
 @pytest.mark.slow
 def test_every_vector_width_gives_the_same_bits(tmp_path):
     if shutil.which("g++") is None or platform.machine() != "x86_64":
