@@ -2,6 +2,9 @@
 
 ``DATASETS.config("objects").build("train")`` gives a data set; :func:`build_loader` gives batches of it; :func:`read_points` reads
 any single file. The files are named for what they hold: ``objects``, ``shapenet``, ``modelnet``, ``scanobjectnn``, ``folder``, ``shards``.
+
+Posed images of whole places are :class:`SceneSample`, whatever they come from: ``SCENES.config("rooms").build("train")`` gives simulated
+furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrgbd`` and ``transforms`` read what others publish.
 """
 
 from geossl.data.augment import AugmentConfig
@@ -12,14 +15,20 @@ from geossl.data.loader import Loader, build_loader
 from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
 from geossl.data.readers import read_points
+from geossl.data.room_shards import RoomShardOptions, RoomShardsConfig, RoomShardsDataset, check_rooms, write_rooms
+from geossl.data.rooms import RoomsConfig, RoomsDataset
 from geossl.data.sample import PointCloud, Sample, collate
 from geossl.data.scanobjectnn import ScanObjectNNConfig
+from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
+from geossl.data.scene_readers import RGBDFolderConfig, SUNRGBDConfig, TransformsConfig
 from geossl.data.shapenet import ShapeNet55Config
 from geossl.data.shards import ShardOptions, ShardsConfig, check_shards, write_shards
+from geossl.data.simulate import Room, RoomError, build_room
 from geossl.data.splits import group_resplit
 
 __all__ = [
     "DATASETS",
+    "SCENES",
     "AugmentConfig",
     "FileOptions",
     "FolderConfig",
@@ -30,12 +39,27 @@ __all__ = [
     "PointCloud",
     "PointDataConfig",
     "PointDataset",
+    "RGBDFolderConfig",
+    "Room",
+    "RoomError",
+    "RoomShardOptions",
+    "RoomShardsConfig",
+    "RoomShardsDataset",
+    "RoomsConfig",
+    "RoomsDataset",
+    "SUNRGBDConfig",
     "Sample",
     "ScanObjectNNConfig",
+    "SceneDataConfig",
+    "SceneDataset",
+    "SceneSample",
     "ShapeNet55Config",
     "ShardOptions",
     "ShardsConfig",
+    "TransformsConfig",
     "build_loader",
+    "build_room",
+    "check_rooms",
     "check_shards",
     "collate",
     "group_resplit",
@@ -43,5 +67,6 @@ __all__ = [
     "read_gaussians",
     "read_points",
     "write_gaussians",
+    "write_rooms",
     "write_shards",
 ]

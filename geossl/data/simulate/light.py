@@ -55,7 +55,7 @@ def draw_lights(plan: Plan, rng: np.random.Generator) -> Lights:
         lamp_places=f32(lamps),
         small=f32(0.16 if lit else 0.0) * warm * f32([1, 0.95, 0.85]),
         small_places=f32(small).reshape(-1, 3),
-        sun=sun, sun_direction=direction, exposure=float(rng.uniform(0.95, 1.15)),
+        sun=sun, sun_direction=direction, exposure=float(rng.uniform(1.05, 1.3)),
     )  # fmt: skip
 
 

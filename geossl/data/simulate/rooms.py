@@ -17,7 +17,7 @@ from geossl.data.simulate.light import bake, draw_lights
 from geossl.data.simulate.room_plan import Plan, RoomError
 from geossl.data.simulate.shell import make_shell
 from geossl.data.simulate.surfels import FLATNESS, Surfels, f32, object_surfels
-from geossl.geometry import Cameras, back_project, matrix_to_quaternion, pixel_centers, rotate, transform_points
+from geossl.geometry import Cameras, Gaussians, back_project, matrix_to_quaternion, pixel_centers
 
 OPACITY = 0.999
 _NEAR = 0.1
@@ -78,8 +78,7 @@ class Room:
     rows: Tensor
     seed: int
     number: int
-    _normals: Tensor = field(repr=False)
-    _reach: Tensor = field(repr=False)  # the larger standard deviation, [n]
+    _table: Tensor = field(repr=False)  # [8, n]: centre, normal, normal times centre, larger standard deviation
 
     def __len__(self) -> int:
         """Number of surfels."""
@@ -94,6 +93,11 @@ class Room:
     def opacities(self) -> Tensor:
         """Opacities of the surfels, ``[n]``."""
         return self.means.new_full((len(self.means),), OPACITY)
+
+    @property
+    def gaussians(self) -> Gaussians:
+        """The surfels as Gaussian splats, for :func:`geossl.ops.rasterize_gaussians`, fitting and viewers."""
+        return Gaussians.from_colors(self.means, self.quats, self.scales, self.opacities, self.colors)
 
     def rng(self, purpose: int) -> np.random.Generator:
         """Return the generator for one use of the room (views, noise...); the same for every process."""
@@ -114,9 +118,7 @@ class Room:
             raise ValueError(f"Room.render: takes one camera, got world_to_cam {list(camera.world_to_cam.shape)}; select one, cameras[i]")
         width, height, k = camera.width, camera.height, camera.intrinsics.float()
         pose = camera.world_to_cam.float()
-        rows, center = self._seen(camera)
-        normal = rotate(self._normals.index_select(0, rows), pose[:3, :3])
-        plane = _inverse_depth_planes(center, normal, k, width, height)
+        rows, plane, center, reach = self._seen(pose, k, width, height)
         features = torch.cat([self.colors.index_select(0, rows), plane], 1)
         image, alpha, meta = ops.rasterize_gaussians(
             self.means.index_select(0, rows), self.quats.index_select(0, rows), self.scales.index_select(0, rows),
@@ -131,48 +133,43 @@ class Room:
         blended = (image[..., 3:] / share * pixel).sum(-1)
         first = largest.clamp(min=0).flatten()
         top = (plane.index_select(0, first).view(height, width, 3) * pixel).sum(-1)
-        mixed = ~((blended - top).abs() < _MIXED * top)
-        inverse = torch.where(mixed, top, blended)
-        depth = torch.where(seen & (inverse > 1e-3), 1 / inverse.clamp(min=1e-3), 0.0)
+        # A plane holds as far as its surfel reaches; beyond, at silhouettes, it may run off anywhere.
+        near, size = (values.index_select(0, first).view(height, width) for values in (center, 4 * reach + 0.01))
+        mixed = ~((blended - top).abs() < _MIXED * top) | ((1 / top - near).abs() > size)
+        depth = torch.where(mixed, torch.minimum(torch.maximum(1 / top, near - size), near + size), 1 / blended)
+        depth = torch.where(seen, depth, 0.0)
         instance = torch.where(seen, self.instance.index_select(0, rows.index_select(0, first)).view(height, width), -1)
-        return View(camera, (image[..., :3] / share).clamp(0, 1) * seen[..., None], depth, instance, seen & ~mixed & (depth > 0))
+        return View(camera, (image[..., :3] / share).clamp(0, 1) * seen[..., None], depth, instance, seen & ~mixed)
 
-    def _seen(self, camera: Cameras) -> tuple[Tensor, Tensor]:
-        """Return the rows of the surfels that can be in the picture, and their centres in the camera's frame."""
-        pose, k = camera.world_to_cam.float(), camera.intrinsics.float()
-        center = transform_points(self.means, pose)
-        x, y, z = center.unbind(1)
-        margin = 4 * self._reach
-        bounds = [
-            (x, -float(k[0, 2] / k[0, 0]), float((camera.width - k[0, 2]) / k[0, 0])),
-            (y, -float(k[1, 2] / k[1, 1]), float((camera.height - k[1, 2]) / k[1, 1])),
-        ]
-        inside = z > _NEAR
-        for values, low, high in bounds:  # a splat is cut off at less than 4 standard deviations
-            inside &= (values - low * z > -margin * math.hypot(1, low)) & (values - high * z < margin * math.hypot(1, high))
-        rows = inside.nonzero()[:, 0]
-        facing = ((camera.centers.float() - self.means.index_select(0, rows)) * self._normals.index_select(0, rows)).sum(1) > 0
-        rows = rows.index_select(0, (facing | ~self.solid.index_select(0, rows)).nonzero()[:, 0])
-        return rows, center.index_select(0, rows)
+    def _seen(self, pose: Tensor, k: Tensor, width: int, height: int) -> tuple[Tensor, ...]:
+        """Return the rows of surfels that can be in the picture, inverse depth of their planes ``[n, 3]``, their depth and size ``[n]``.
+
+        Inverse depth is ``a x + b y + c`` of the pixel counted from the image's middle; of a surfel seen edge-on, that of its centre.
+        """
+        mx, my, mz, nx, ny, nz, offset, reach = self._table  # long rows: every step is one pass over few of them
+        r, t = pose[:3, :3].tolist(), pose[:3, 3].tolist()
+        x, y, z = (mx * a[0] + my * a[1] + mz * a[2] + b for a, b in zip(r, t, strict=True))
+        eye = [-sum(r[row][column] * t[row] for row in range(3)) for column in range(3)]
+        across = offset - (nx * eye[0] + ny * eye[1] + nz * eye[2])  # normal times centre, in the camera's frame
+        seen = (z > _NEAR) & ((across < 0) | ~self.solid)
+        margin = 4 * reach  # a splat is cut off at less than 4 standard deviations
+        for values, center, focal, size in ((x, k[0, 2], k[0, 0], width), (y, k[1, 2], k[1, 1], height)):
+            low, high = -float(center / focal), float((size - center) / focal)
+            seen &= (values - low * z > -math.hypot(1, low) * margin) & (values - high * z < math.hypot(1, high) * margin)
+        rows = seen.nonzero()[:, 0]
+        nx, ny, nz, across, x, y, z = (values.index_select(0, rows) for values in (nx, ny, nz, across, x, y, z))
+        centred = k.clone()
+        centred[0, 2] -= width / 2
+        centred[1, 2] -= height / 2
+        turn = (torch.linalg.inv(centred).mT @ pose[:3, :3]).tolist()
+        edge_on = across.abs() < 0.06 * (x * x + y * y + z * z).sqrt()
+        share = torch.where(edge_on, 0.0, 1 / across)
+        a, b, c = ((nx * m[0] + ny * m[1] + nz * m[2]) * share for m in turn)
+        return rows, torch.stack([a, b, torch.where(edge_on, 1 / z, c)], 1), z, reach.index_select(0, rows)
 
     def visible_counts(self, view: View) -> Tensor:
         """Return how many pixels of each object a view shows, ``[objects]`` int64."""
         return torch.bincount((view.instance.flatten() + 1).clamp(min=0), minlength=len(self.boxes) + 2)[2:]
-
-
-def _inverse_depth_planes(center: Tensor, normal: Tensor, intrinsics: Tensor, width: int, height: int) -> Tensor:
-    """Return ``[n, 3]``: the inverse depth of each surfel's plane as ``a x + b y + c`` of the pixel, counted from the image's middle.
-
-    A surfel seen edge-on has the constant inverse depth of its centre.
-    """
-    across = (normal * center).sum(1)
-    k = intrinsics.clone()
-    k[0, 2] -= width / 2
-    k[1, 2] -= height / 2
-    edge_on = across.abs() < 0.06 * center.norm(dim=1)
-    plane = rotate(normal, torch.linalg.inv(k).mT) / torch.where(edge_on, torch.ones_like(across), across)[:, None]
-    constant = torch.stack([torch.zeros_like(across), torch.zeros_like(across), 1 / center[:, 2]], 1)
-    return torch.where(edge_on[:, None], constant, plane)
 
 
 def build_room(
@@ -206,13 +203,13 @@ def build_room(
     objects = Surfels.concatenate(parts)
     colors = bake(plan, shell, objects, instance, draw_lights(plan, light_rng), light_rng)
     surfels = Surfels.concatenate([shell, objects])
-    normals = torch.from_numpy(surfels.normal)
+    means, normals = torch.from_numpy(surfels.center), torch.from_numpy(surfels.normal)
     tangent = torch.from_numpy(surfels.tangent)
     frame = torch.stack([tangent, torch.linalg.cross(normals, tangent), normals], -1)
     sigma = torch.from_numpy(surfels.sigma)
     return Room(
         plan=plan,
-        means=torch.from_numpy(surfels.center),
+        means=means,
         quats=matrix_to_quaternion(frame),
         scales=torch.cat([sigma, FLATNESS * sigma.amin(1, keepdim=True)], 1),
         colors=torch.from_numpy(colors),
@@ -223,8 +220,7 @@ def build_room(
         rows=torch.tensor([item.row for item in plan.items], dtype=torch.int64),
         seed=seed,
         number=number,
-        _normals=normals,
-        _reach=sigma.amax(1),
+        _table=torch.cat([means.T, normals.T, (means * normals).sum(1)[None], sigma.amax(1)[None]]),
     )
 
 

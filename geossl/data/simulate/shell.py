@@ -43,6 +43,7 @@ _ACCENTS = [
     "#39506b",
     "#5a5f52",
 ]
+_HOUSES = ["#c9b8a0", "#b98d74", "#d9d2c4", "#a9a39a", "#c4a88a", "#9c7463", "#e0d8c8"]
 _FABRICS = ["#b9a28a", "#8fa3ad", "#a65f4e", "#d9cfbd", "#5f7050", "#6f5a7d", "#c9b458", "#4d5b73"]
 _WOODS = [
     ("#8a5a33", 0.16),
@@ -258,7 +259,7 @@ def _wall(plan: Plan, number: int, wall: Wall, palette: Palette, rng: np.random.
             color = color * np.where(np.floor(s / stripes) % 2 == 0, 1.0, 0.86)[:, None].astype(np.float32)
         if tiled:
             joint = (np.minimum(s % 0.2, 0.2 - s % 0.2) < 0.008) | (np.minimum(z % 0.2, 0.2 - z % 0.2) < 0.008)
-            color = np.where((z < 1.9)[:, None], np.where(joint[:, None], 0.75 * tile, tile), color)
+            color = np.where((z < 1.9)[:, None], np.where(joint[:, None], 0.86 * tile, tile), color)
         return color
 
     def keep(z: np.ndarray, s: np.ndarray) -> np.ndarray:
@@ -372,7 +373,8 @@ def _view(rng: np.random.Generator, o: Opening) -> Shade:
     horizon, rough, cloud = float(rng.uniform(0.3, 0.5)), noise(rng, 0.28), noise(rng, 0.5, 4)
     low = _choice(rng, ["#7d9a52", "#5f8046", "#93a868", "#6b7f5a"])
     kind = rng.random()
-    edge, blocks = float(rng.uniform(0.18, 0.35)), rng.uniform(0, 1, (64, 3)).astype(np.float32)
+    edge, tall = float(rng.uniform(0.18, 0.35)), rng.uniform(0, 1, 64).astype(np.float32)
+    walls = np.stack([_choice(rng, _HOUSES) for _ in range(64)])
     height = o.z1 - o.z0
 
     def shade(s: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -385,9 +387,9 @@ def _view(rng: np.random.Generator, o: Opening) -> Shade:
         color = np.where((t < hill)[:, None], land, sky)
         if kind < 0.35:
             house = np.floor(s / edge).astype(np.int64) % 64
-            wallcolor = 0.55 + 0.3 * blocks[house]
+            wallcolor = walls[house]
             windows = ((s / edge % 0.5 > 0.15) & (s / edge % 0.5 < 0.35) & (z % 0.22 > 0.06) & (z % 0.22 < 0.16))[:, None]
-            color = np.where((t < horizon + 0.25 * blocks[house, 0])[:, None], np.where(windows, 0.35 * wallcolor, wallcolor), color)
+            color = np.where((t < horizon + 0.25 * tall[house])[:, None], np.where(windows, 0.45 * wallcolor, wallcolor), color)
         return np.clip(1.02 * color, 0, 1)
 
     return shade

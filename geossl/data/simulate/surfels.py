@@ -140,29 +140,25 @@ class Occupancy:
 
     def free(self, start: np.ndarray, direction: np.ndarray, first: float, last: np.ndarray | float, step: float) -> np.ndarray:
         """Return ``[n]`` bool: from ``start [n, 3]`` along the unit ``direction [n, 3]``, nothing between ``first`` and ``last`` metres."""
-        last = np.broadcast_to(f32(last), len(start))
-        alive = np.arange(len(start))
         free = np.ones(len(start), dtype=bool)
-        place, ray, end = (start - self.origin) / self.cell, direction / self.cell, last
-        limit = self.shape.astype(np.float32)
-        distance = f32(first)
+        place, ray = (f32(start) - self.origin) / self.cell, f32(direction) / self.cell
+        # Where the ray is inside the grid: there no sample needs a check of its bounds.
+        safe = np.where(np.abs(ray) > 1e-9, ray, f32(1e-9))
+        a, b = (f32(1e-3) - place) / safe, (self.shape.astype(np.float32) - f32(1e-3) - place) / safe
+        begin = np.maximum(np.minimum(a, b).max(1), f32(first))
+        end = np.minimum(np.maximum(a, b).min(1), f32(last))
+        alive = np.flatnonzero(begin < end)
+        at, end, move = place[alive] + ray[alive] * begin[alive, None], (end - begin)[alive], ray[alive] * f32(step)
+        columns, rows = int(self.shape[1]), int(self.shape[2])
+        gone = f32(0)
         while len(alive):
-            at = place + ray * distance
-            hit = self.filled[self.flat(at.astype(np.int32))]
+            x, y, z = at.astype(np.int32).T
+            hit = self.filled[(x * columns + y) * rows + z]
             free[alive[hit]] = False
-            distance += f32(step)
-            inside = ((at >= 0) & (at < limit)).all(1) | (distance < first + 3 * step)
-            keep = ~hit & inside & (end > distance)
-            alive, place, ray, end = alive[keep], place[keep], ray[keep], end[keep]
+            gone = gone + f32(step)
+            keep = np.flatnonzero(~hit & (end > gone))
+            alive, at, move, end = alive[keep], at[keep] + move[keep], move[keep], end[keep]
         return free
-
-
-def sphere_directions(count: int) -> np.ndarray:
-    """Return ``[count, 3]`` evenly spread unit vectors (a Fibonacci lattice)."""
-    number = np.arange(count) + 0.5
-    z, angle = 1 - 2 * number / count, np.pi * (1 + 5**0.5) * number
-    radius = np.sqrt(1 - z * z)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle), z], 1).astype(np.float32)
 
 
 def hemisphere(normal: np.ndarray, count: int, phase: np.ndarray) -> np.ndarray:
@@ -302,6 +298,21 @@ def _covered(center: np.ndarray, normal: np.ndarray, reach: np.ndarray, far: flo
     return (above & parallel).sum(1) >= 2
 
 
+def _despot(center: np.ndarray, normal: np.ndarray, color: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Return colours ``[n, 3]`` without single points of a layer that shines through another: they take the colour all around them."""
+    distance, index = neighbors(center, 14)
+    difference = center[index] - center[:, None]
+    height = np.abs((difference * normal[:, None]).sum(2))
+    same = (np.abs((normal[index] * normal[:, None]).sum(2)) > 0.85) & (height < 0.6 * reach[:, None]) & (distance < 3 * reach[:, None])
+    around = np.where(same[..., None], color[index], np.nan)
+    enough = same.sum(1) >= 6
+    around[~enough] = 0
+    middle = np.nanmedian(around, axis=1)
+    alike = (np.abs(color[index] - middle[:, None]).max(2) < 0.12) & same
+    odd = enough & (np.abs(color - middle).max(1) > 0.15) & (alike.sum(1) >= 0.62 * same.sum(1))
+    return np.where(odd[:, None], middle, color).astype(np.float32)
+
+
 def prepare_object(row: int) -> Surfels:
     """Make the surfels of embedded object ``row``, in metres, its base at z = 0 and its middle at x = y = 0."""
     library = load_objects()
@@ -333,8 +344,9 @@ def prepare_object(row: int) -> Surfels:
         if hidden.mean() < 0.8:
             center, normal, color, sigma, front, back = (values[~hidden] for values in (center, normal, color, sigma, front, back))
 
+        color = _despot(center, normal, color, np.maximum(1.5 * sigma, 0.01))
     points, directions = center, normal
-    rounds, shrink = (2, (1.0, 0.9)) if typical > 0.045 else (1, (0.95,)) if typical > 0.014 else (0, ())
+    rounds, shrink = (2, (1.0, 0.8)) if typical > 0.09 else (1, (0.95,)) if typical > 0.014 else (0, ())
     for turn in range(rounds):
         middle, turned, shade, parent = _midpoints(center, normal, color, typical if turn == 0 else 0.72 * typical)
         sigma = np.concatenate([sigma, sigma[parent]]) * f32(shrink[turn])

@@ -245,9 +245,10 @@ def camera_path(room: Room, frames: int, rng: np.random.Generator, options: View
     ahead /= np.maximum(np.linalg.norm(ahead, axis=1, keepdims=True), 1e-6)
     near = np.clip((0.9 - length) / 0.9, 0, 1)  # close to the middle of things, look ahead
     direction = (1 - near) * offset / length + near * ahead + 1e-4
-    for _ in range(6):
-        direction[1:-1] = 0.25 * direction[:-2] + 0.5 * direction[1:-1] + 0.25 * direction[2:]
-    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    yaw = np.unwrap(np.arctan2(direction[:, 1], direction[:, 0]))
+    for _ in range(frames):
+        yaw[1:-1] = 0.25 * yaw[:-2] + 0.5 * yaw[1:-1] + 0.25 * yaw[2:]
+    direction = np.stack([np.cos(yaw), np.sin(yaw)], 1)
     eye = torch.tensor(np.column_stack([eyes, height]), dtype=torch.float32)
     target = torch.tensor(np.column_stack([eyes + 2 * direction, height - 0.55]), dtype=torch.float32)
     return options.cameras(look_at(eye, target))
