@@ -24,11 +24,8 @@ from torch import Tensor
 
 from geossl.cli.training import exit_code, log, set_up_messages, tell_changes
 from geossl.config import load_config, require, to_yaml
-from geossl.data import write_gaussians
+from geossl.data import SCENES, RGBDFolderConfig, RoomsConfig, write_gaussians
 from geossl.data.files import atomic_write
-from geossl.data.rooms import RoomsConfig
-from geossl.data.scene import SCENES
-from geossl.data.scene_readers import RGBDFolderConfig
 from geossl.engine import Result
 from geossl.engine.checkpoint import find_checkpoint, prune_checkpoints, read_tensors, step_of, write_checkpoint
 from geossl.engine.interrupt import StopRequest

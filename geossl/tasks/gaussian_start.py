@@ -15,6 +15,7 @@ from geossl.ops import knn, voxel_reduce, voxelize
 NEAREST = 0.01
 """Depth in the scene's unit before which nothing is drawn."""
 _PIXELS_PER_GAUSSIAN = 20  # of the pixels with depth, no more than this many times the wanted Gaussians are looked at
+_NEAR, _FAR = 2 / 3, 8.0  # depth of random Gaussians, in distances at which the optical axes come together
 _MIXED = 4  # candidates drawn for each random Gaussian
 
 
@@ -188,15 +189,16 @@ def start_from_points(scene: Any, views: Views, count: int) -> tuple[Tensor, Ten
 def start_at_random(views: Views, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return ``count`` random points in the volume that the cameras have in common, and the colours of the pixels they lie behind.
 
-    Each lies on the ray of a random pixel, from a quarter of the distance at which the optical axes come together to eight times that,
-    its inverse depth uniform. Points in three images or more are taken, if there are none those in two.
+    Each lies on the ray of a random pixel, from two thirds of the distance at which the optical axes come together to eight times that,
+    its inverse depth uniform; nearer ones would stay before the cameras as fog. Points in three images or more are taken, if there are
+    none those in two.
     """
     cameras = views.cameras
     views_count, height, width = views.image.shape[:3]
     distance = _distance(cameras)
     drawn = _MIXED * count
     pixel = torch.randint(views_count * height * width, (drawn,), generator=generator)
-    inverse = torch.empty(drawn).uniform_(0.125 / distance, 4 / distance, generator=generator)
+    inverse = torch.empty(drawn).uniform_(1 / (_FAR * distance), 1 / (_NEAR * distance), generator=generator)
     view, inside = pixel // (height * width), pixel % (height * width)
     x, y = inside % width + 0.5, inside // width + 0.5
     k, pose = cameras.intrinsics[view], invert_pose(cameras.world_to_cam)[view]

@@ -25,11 +25,11 @@ def scene(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scene")
     rng = torch.Generator().manual_seed(1)
     means, quats = torch.rand(100, 3, generator=rng) - 0.5, torch.randn(100, 4, generator=rng)
-    scales, colors = 0.05 + 0.1 * torch.rand(100, 3, generator=rng), torch.rand(100, 3, generator=rng)
+    scales, colors = 0.1 + 0.1 * torch.rand(100, 3, generator=rng), 0.5 + means + 0.2 * torch.randn(100, 3, generator=rng)
     angle = torch.arange(VIEWS) / VIEWS * 2 * math.pi
     pose = look_at(torch.stack([2 * angle.cos(), 2 * angle.sin(), 0.5 + 0 * angle], 1), torch.zeros(VIEWS, 3))
     k = intrinsics_from_fov(45.0, SIZE, SIZE).expand(VIEWS, 3, 3)
-    images = rasterize_gaussians(means, quats, scales, torch.full((100,), 0.9), colors, pose, k, SIZE, SIZE)[0]
+    images = rasterize_gaussians(means, quats, scales, torch.full((100,), 0.9), colors.clamp(0, 1), pose, k, SIZE, SIZE)[0]
     frames = []
     for number in range(VIEWS):
         Image.fromarray((images[number].clamp(0, 1) * 255).byte().numpy()).save(folder / f"{number}.png")
@@ -55,8 +55,8 @@ def test_a_folder_of_images_becomes_a_scene(scene, tmp_path, capsys):
     }
     summary = json.loads((out / "summary.json").read_text())
     assert summary["held_out"] == [4]
-    assert summary["psnr"] > summary["psnr_start"] + 2
-    assert summary["psnr"] > 17
+    assert summary["psnr"] > summary["psnr_start"] + 2.5
+    assert summary["psnr"] > 13.5
     gaussians = read_gaussians(out / "gaussians.ply")
     assert len(gaussians) == summary["gaussians"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

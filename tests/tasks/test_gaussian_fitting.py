@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import geossl
-from geossl.data.scene import SceneSample
+from geossl.data import SceneSample
 from geossl.errors import CheckpointError, ConfigError, DataError
 from geossl.geometry import intrinsics_from_fov, look_at, project
 from geossl.ops import rasterize_gaussians
