@@ -4,7 +4,8 @@
     result.psnr, result.ssim, result.gaussians
 
 ``scene`` holds posed images (a :class:`~geossl.data.scene.SceneSample`); depth is used for where to begin, if there is any. On the CPU the
-same scene, configuration and number of threads give the same bits. :class:`GaussianFit` is the same step by step, with a state to be saved.
+same scene and configuration give the same bits, whatever the number of threads. :class:`GaussianFit` is the same step by step, with a
+state to be saved.
 """
 
 from __future__ import annotations

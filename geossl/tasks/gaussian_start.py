@@ -72,7 +72,7 @@ def _field(scene: Any, name: str, shape: tuple[int, ...], form: str, source: str
         raise DataError(
             f"{source}: {name} of view {int(wrong[0])} is not finite ({len(wrong)} of {len(value)} views); leave such views out"
         )
-    return value.detach().float()
+    return value.detach().float().cpu()
 
 
 def check_views(scene: PosedImages, held_out: bool = True) -> Views:
@@ -114,7 +114,7 @@ def check_views(scene: PosedImages, held_out: bool = True) -> Views:
         if valid is not None:
             if tuple(valid.shape) != (count, height, width) or valid.dtype != torch.bool:
                 raise DataError(f"{source}: valid must be bool {[count, height, width]}, got {valid.dtype} {list(valid.shape)}")
-            known &= valid
+            known &= valid.cpu()
         depth = torch.where(known, depth, 0.0) if bool(known.any()) else None
     return Views(image.movedim(1, -1).contiguous(), Cameras(pose, intrinsics, width, height), depth, source)
 
@@ -175,8 +175,9 @@ def start_from_points(scene: Any, views: Views, count: int) -> tuple[Tensor, Ten
         DataError: no view sees any of them.
     """
     points = _field(scene, "points", (-1, 3), "[N, 3]", views.source)
-    colors = getattr(scene, "colors", None)
-    colors = torch.full_like(points, 0.5) if colors is None else colors.detach().float()
+    given = getattr(scene, "colors", None) is not None
+    form = f"[N, 3] with N = {len(points)}"
+    colors = _field(scene, "colors", (len(points), 3), form, views.source) if given else torch.full_like(points, 0.5)
     seen = seen_by(points, views.cameras) > 0
     if not bool(seen.any()):
         behind = transform_points(points.expand(len(views), -1, -1), views.cameras.world_to_cam)[..., 2].max() <= NEAREST
