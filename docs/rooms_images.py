@@ -122,7 +122,7 @@ def pair() -> None:
 
 def dollhouse(room: Room, width: int = 320, height: int = 240) -> np.ndarray:
     """Look into a room from above: walls and ceiling are only seen from inside."""
-    w, d, h = room.plan.size
+    w, d, _ = room.plan.size
     target = torch.tensor([w / 2, d / 2, 0.5])
     eye = target + torch.tensor([0.45 * w, -1.05 * d, 1.1 * max(w, d)])
     camera = Cameras(look_at(eye, target), intrinsics_from_fov(48.0, width, height), width, height)

@@ -110,8 +110,8 @@ ROLES = {
         "|Wine bottle|Roasted chicken|Birthday cake|Sushi tray|Teapot|Milk"
         "|Beer glass|Apples|Bread",
     ),
-    "lower cabinet": Role(("storage",), "(Small )?[Ll]ower cabinet|Drawers cabinet", depth=(0.6, 0.65), height=(0.85, 0.9)),
-    "upper cabinet": Role(("storage",), "(Small )?[Uu]pper cabinet|Glass door cabinet|Upper shelves cabinet", "wall"),
+    "lower cabinet": Role(("storage",), "Small lower cabinet|Lower cabinet|Drawers cabinet", depth=(0.6, 0.65), height=(0.85, 0.9)),
+    "upper cabinet": Role(("storage",), "Small upper cabinet|Upper cabinet|Glass door cabinet|Upper shelves cabinet", "wall"),
     "sink": Role(("bath_fixture", "storage"), "Sink|Sink cabinet", categories=("Kitchen",)),
     "stove": Role(("appliance",), "Large stove", height=(0.8, 0.9)),
     "kitchen machine": Role(("appliance",), "Clothes washing machine|Dryer machine|Washing machine"),

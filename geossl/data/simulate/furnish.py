@@ -301,10 +301,10 @@ def _shape(rng: np.random.Generator, kind: str, size: tuple[float, float, float]
     w, d, _ = size
     notch = None
     if rng.random() < spec.notch and w * d > 13:
-        nw, nd = float(rng.uniform(0.22, 0.38)) * w, float(rng.uniform(0.22, 0.38)) * d
-        x0 = 0.0 if rng.random() < 0.5 else round(w - nw, 2)
-        y0 = 0.0 if rng.random() < 0.5 else round(d - nd, 2)
-        notch = (x0, y0, w if x0 else round(nw, 2), d if y0 else round(nd, 2))
+        wide, deep = float(rng.uniform(0.22, 0.38)) * w, float(rng.uniform(0.22, 0.38)) * d
+        x0 = 0.0 if rng.random() < 0.5 else round(w - wide, 2)
+        y0 = 0.0 if rng.random() < 0.5 else round(d - deep, 2)
+        notch = (x0, y0, w if x0 else round(wide, 2), d if y0 else round(deep, 2))
     return Plan(kind, size, notch)
 
 

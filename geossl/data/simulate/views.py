@@ -134,11 +134,12 @@ def _standpoints(plan: Plan, rng: np.random.Generator, count: int) -> np.ndarray
     raise RoomError(f"room: a {plan.kind} of {plan.size} leaves no place for a camera; build it with fewer objects")
 
 
-def _bad(view: View) -> bool:
-    """Whether one thing fills the picture, or everything is close."""
-    share = torch.bincount(view.instance[view.instance > 0].flatten(), minlength=1).max() / view.instance.numel()
-    depth = view.depth[view.depth > 0]
-    return bool(share > 0.4) or len(depth) < 0.9 * view.depth.numel() or float(depth.median()) < 1.2
+def _faults(view: View) -> float:
+    """Return how bad a picture is, 0 for a good one: one thing fills it, or things stand close before the lens."""
+    share = float(torch.bincount(view.instance[view.instance > 0].flatten(), minlength=1).max()) / view.instance.numel()
+    depth = torch.where(view.depth > 0, view.depth, 0.0)  # nothing seen counts as close
+    close, median = float((depth < 1.0).float().mean()), float(depth.median())
+    return max(share - 0.3, 0.0) + max(close - 0.12, 0.0) + max(1.4 - median, 0.0)
 
 
 def sample_view(room: Room, rng: np.random.Generator, options: ViewOptions | None = None) -> View:
@@ -147,17 +148,22 @@ def sample_view(room: Room, rng: np.random.Generator, options: ViewOptions | Non
     places = _standpoints(room.plan, rng, 60)
     focus = _focus(room.plan)
     small = (max(1, options.width // 4), max(1, options.height // 4))  # enough to tell a bad picture
-    for attempt in range(6):
-        good = places[: max(1, len(places) // (3 if attempt < 3 else 2))]
+    best, least = None, math.inf
+    for attempt in range(8):
+        good = places[: max(1, len(places) // (3 if attempt < 4 else 2))]
         eye = np.array([*good[int(rng.integers(len(good)))], rng.uniform(*EYE_HEIGHT)])
         target = np.array([*(focus + rng.normal(0, 0.35, 2)), rng.uniform(0.6, 1.0)])
         if np.hypot(*(target - eye)[:2]) < 0.5:
             target[:2] = eye[:2] + (focus - eye[:2]) + 0.5
         pose = look_at(torch.tensor(eye, dtype=torch.float32), torch.tensor(target, dtype=torch.float32))
         camera = options.cameras(pose)
-        if not _bad(room.render(camera.resized(*small))):
-            break  # else a small room has no better one
-    return room.render(camera)
+        faults = _faults(room.render(camera.resized(*small)))
+        if faults < least:
+            best, least = camera, faults
+        if faults == 0:
+            break
+    assert best is not None
+    return room.render(best)
 
 
 def sample_views(room: Room, count: int, rng: np.random.Generator, options: ViewOptions | None = None) -> list[View]:
