@@ -35,8 +35,9 @@ class DensityConfig:
     """Take the sum of absolute gradients of the pixels, which does not cancel where a large Gaussian covers fine texture."""
     split_size: float = 0.01
     """Gaussians with a larger standard deviation, in radii of the scene, are split; smaller ones are cloned."""
-    max_count: int = 100000
-    """No Gaussians are added beyond this number; those with the largest gradients come first."""
+    max_count: int | None = None
+    """No Gaussians are added beyond this number; those with the largest gradients come first. Null is a quarter of the number of pixels
+    that are learned from: more learn the images by heart."""
     min_opacity: float = 0.005
     """Fainter Gaussians are removed."""
     max_size: float = 0.5
@@ -50,7 +51,7 @@ class DensityConfig:
         require(self.begin <= self.end <= 1, "end", "must lie in [begin, 1], a part of all steps", self.end)
         require(self.gradient > 0, "gradient", "must be positive", self.gradient)
         require(self.split_size > 0, "split_size", "must be positive", self.split_size)
-        require(self.max_count >= 1, "max_count", "must be at least 1", self.max_count)
+        require(self.max_count is None or self.max_count >= 1, "max_count", "must be at least 1, or null", self.max_count)
         require(0 <= self.min_opacity < 0.5, "min_opacity", "must lie in [0, 0.5)", self.min_opacity)
         require(self.max_size > 0, "max_size", "must be positive", self.max_size)
         require(self.reset_every >= 0, "reset_every", "must not be negative", self.reset_every)
@@ -157,7 +158,7 @@ class GaussianRows:
 
 
 @torch.no_grad()
-def densify(rows: GaussianRows, config: DensityConfig, step: int, steps: int, radius: float, generator: torch.Generator) -> None:
+def densify(rows: GaussianRows, config: DensityConfig, step: int, steps: int, radius: float, most: int, generator: torch.Generator) -> None:
     """Add and remove Gaussians after step number ``step``, if it is time.
 
     Args:
@@ -166,6 +167,7 @@ def densify(rows: GaussianRows, config: DensityConfig, step: int, steps: int, ra
         step: Steps done.
         steps: Steps of the whole fit.
         radius: Size of the scene.
+        most: Number of Gaussians beyond which none are added.
         generator: What splitting draws from.
     """
     if step % config.every == 0 and step >= config.begin * steps:
@@ -174,7 +176,7 @@ def densify(rows: GaussianRows, config: DensityConfig, step: int, steps: int, ra
         if bool(drop.all()):  # a fit that has gone wrong; without Gaussians it could not even say so
             drop = torch.zeros_like(drop)
         wanted = (rows.gradient / rows.seen.clamp(min=1) > config.gradient) & ~drop
-        room = max(0, config.max_count - int((~drop).sum()))
+        room = max(0, most - int((~drop).sum()))
         if int(wanted.sum()) > room:
             mean = torch.where(wanted, rows.gradient / rows.seen.clamp(min=1), -1.0)
             wanted = torch.zeros_like(wanted).index_fill(0, mean.argsort(descending=True, stable=True)[:room], True)

@@ -240,6 +240,7 @@ class GaussianFit:
         self._images, self._cameras = views.image.to(device), views.cameras.to(device)
         self._background = torch.tensor(config.background, device=device)
         self._train = train
+        self._most = config.density.max_count or max(1000, len(train) * views.cameras.width * views.cameras.height // 4)
         rates = config.rates
         self._rates = {
             "means": rates.means * self.radius, "quats": rates.quats, "scales": rates.scales, "opacities": rates.opacities,
@@ -311,7 +312,7 @@ class GaussianFit:
         self.step += 1
         if gathering:
             self.rows.gather(meta, density.absgrad)
-            densify(self.rows, density, self.step, config.steps, self.radius, _generator(config.seed, 2, self.step))
+            densify(self.rows, density, self.step, config.steps, self.radius, self._most, _generator(config.seed, 2, self.step))
         return value
 
     def render(self, rows: Sequence[int] | Tensor) -> Tensor:

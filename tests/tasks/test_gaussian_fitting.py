@@ -290,9 +290,9 @@ def test_clone_split_and_prune():
     was = to_gaussians({name: value.detach().clone() for name, value in rows.values.items()})
     rows.gradient[:], rows.seen[:] = torch.tensor([0.0, 9, 9, 0, 0, 9]), 2
     config = DensityConfig(every=10, begin=0, gradient=1.0, split_size=0.2, max_size=9)
-    densify(rows, config, 9, 100, 1.0, torch.Generator())
+    densify(rows, config, 9, 100, 1.0, 99, torch.Generator())
     assert len(rows) == 6  # it is not time
-    densify(rows, config, 10, 100, 1.0, torch.Generator().manual_seed(0))
+    densify(rows, config, 10, 100, 1.0, 99, torch.Generator().manual_seed(0))
     now = to_gaussians(rows.values)
     # 1 is split and gone, 5 is faint and gone whatever its gradient; then the clone of 2 and the two parts of 1.
     assert torch.equal(now.means[:5], was.means[[0, 2, 3, 4, 2]])
@@ -310,7 +310,7 @@ def test_the_parts_of_a_split_are_spread_as_it_was():
         rows.values["means"][:], rows.values["quats"][:] = 0, 2 * turn
         rows.values["scales"][:] = torch.tensor([0.9, 0.3, 0.1]).log()
     rows.gradient[:], rows.seen[:] = 9, 1
-    densify(rows, DensityConfig(every=1, begin=0, max_size=9), 1, 100, 1.0, torch.Generator().manual_seed(0))
+    densify(rows, DensityConfig(every=1, begin=0, max_size=9), 1, 100, 1.0, 8000, torch.Generator().manual_seed(0))
     means = rows.values["means"].detach()
     assert len(means) == 8000
     axis = torch.tensor([math.cos(0.6), math.sin(0.6), 0.0])
@@ -322,23 +322,32 @@ def test_no_more_than_the_cap_and_the_most_wanted_first():
     rows = rows_of(8)
     was = rows.values["means"].detach().clone()
     rows.gradient[:], rows.seen[:] = torch.arange(8.0), 1
-    densify(rows, DensityConfig(every=1, begin=0, gradient=0.5, split_size=99, max_size=99, max_count=10), 1, 9, 1.0, torch.Generator())
+    densify(rows, DensityConfig(every=1, begin=0, gradient=0.5, split_size=99, max_size=99), 1, 9, 1.0, 10, torch.Generator())
     assert len(rows) == 10
     assert sorted(rows.values["means"][8:].tolist()) == sorted(was[[6, 7]].tolist())
-    densify(rows, DensityConfig(every=1, begin=0, gradient=0.5, max_size=99, max_count=3), 1, 9, 1.0, torch.Generator())
+    densify(rows, DensityConfig(every=1, begin=0, gradient=0.5, max_size=99), 1, 9, 1.0, 3, torch.Generator())
     assert len(rows) == 10  # a cap adds none, it removes none
+
+
+@pytest.mark.parametrize(("cap", "most"), [(None, 14 * SIZE * SIZE // 4), (310, 310)])
+def test_the_cap_of_a_fit(scene, cap, most):
+    density = DensityConfig(every=4, begin=0, end=1, gradient=1e-9, max_count=cap)
+    fit = GaussianFit(scene, dataclasses.replace(QUICK, steps=24, density=density))
+    while fit.step < 24:
+        fit.train_step()
+    assert 0.9 * most < len(fit.rows) <= most
 
 
 def test_opacities_are_reset_and_some_gaussian_is_always_left():
     rows = rows_of(5)
     config = DensityConfig(every=2, begin=0, reset_every=3, max_size=99)
-    densify(rows, config, 3, 99, 1.0, torch.Generator())
+    densify(rows, config, 3, 99, 1.0, 99, torch.Generator())
     assert float(rows.values["opacities"].detach().sigmoid().max()) <= 0.01 + 1e-6
     assert not rows.state_dict()["opacities.exp_avg"].any()
     assert rows.state_dict()["means.exp_avg"].any()
     with torch.no_grad():
         rows.values["opacities"][:] = -20
-    densify(rows, config, 4, 99, 1.0, torch.Generator())
+    densify(rows, config, 4, 99, 1.0, 99, torch.Generator())
     assert len(rows) == 5
 
 
