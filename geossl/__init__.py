@@ -17,6 +17,7 @@ _LAZY = {
     "load": "geossl.models",
     "load_reference": "geossl.methods",
     "extract_features": "geossl.evaluation",
+    "fit_gaussians": "geossl.tasks",
     "native_info": "geossl.ops",
 }
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "extract": "features of files, folders or a data set, as .npz or .safetensors",
     "evaluate": "probes (kNN, linear, SVM) of a pretrained backbone, beside honest baselines",
     "convert": "turn an official checkpoint into model.safetensors and config.json",
+    "fit-gaussians": "a scene of Gaussian splats from posed images, measured on held-out views",
     "prepare-data": "convert a folder of meshes or clouds to memory-mapped shards",
     "benchmark": "speed and memory of operators, training steps and data loading",
 }

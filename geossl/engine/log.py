@@ -43,9 +43,9 @@ class RunLog:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
 
-    def progress(self, step: int, values: dict[str, Any]) -> None:
-        """Show where the training is."""
-        self._progress.show(step, values)
+    def progress(self, step: int, values: dict[str, Any], text: str | None = None) -> None:
+        """Show where the training is; ``text`` says it in other words than those of a training."""
+        self._progress.show(step, _training_text(values) if text is None else text)
 
     def flush(self) -> None:
         """Bring everything onto the disk."""
@@ -124,11 +124,7 @@ class _Progress:
             self._task = self._bar.add_task("train", total=total, completed=start, text="")
             self._bar.start()
 
-    def show(self, step: int, values: dict[str, Any]) -> None:
-        text = (
-            f"loss {values['loss']:.5g}  {values['samples_per_s']:.4g} samples/s  "
-            f"data {100 * values['data_wait']:.0f} %  lr {values['lr']:.3g}  ETA {_duration(values['eta'])}"
-        )
+    def show(self, step: int, text: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text, refresh=True)
         else:
@@ -139,7 +135,14 @@ class _Progress:
             self._bar.stop()
 
 
-def _duration(seconds: float) -> str:
+def _training_text(values: dict[str, Any]) -> str:
+    return (
+        f"loss {values['loss']:.5g}  {values['samples_per_s']:.4g} samples/s  "
+        f"data {100 * values['data_wait']:.0f} %  lr {values['lr']:.3g}  ETA {duration(values['eta'])}"
+    )
+
+
+def duration(seconds: float) -> str:
     """Say a time span in the unit that suits it: ``45 s``, ``12 min``, ``3 h 20 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -8,7 +8,11 @@ from pathlib import Path
 from geossl.engine.checkpoint import list_checkpoints, remove_unfinished, step_of, write_text_atomically
 from geossl.errors import ConfigError
 
-_MADE_BY_A_RUN = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "report", "report.html", "profile")
+_MADE_BY_A_FIT = ("gaussians.ply", "views.png", "summary.json")
+_MADE_BY_A_RUN = (
+    *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "report", "report.html", "profile"),
+    *_MADE_BY_A_FIT,
+)
 
 
 def check_run_folder(folder: Path, *, overwrite: bool, automatic: bool, start: int | None) -> None:

@@ -1,6 +1,19 @@
 """Downstream tasks: a head and its loss on a (pretrained) backbone, trained by the same loop as the methods."""
 
 from geossl.tasks.classification import Classification, ClassificationConfig
+from geossl.tasks.gaussian_density import DensityConfig
+from geossl.tasks.gaussian_fitting import GaussianFit, GaussianFitConfig, GaussianFitResult, RatesConfig, StartConfig, fit_gaussians
 from geossl.tasks.registry import TASKS
 
-__all__ = ["TASKS", "Classification", "ClassificationConfig"]
+__all__ = [
+    "TASKS",
+    "Classification",
+    "ClassificationConfig",
+    "DensityConfig",
+    "GaussianFit",
+    "GaussianFitConfig",
+    "GaussianFitResult",
+    "RatesConfig",
+    "StartConfig",
+    "fit_gaussians",
+]
