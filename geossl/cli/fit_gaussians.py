@@ -207,6 +207,7 @@ def finish(work: GaussianFit, config: FitGaussiansConfig, first: Tensor, shown: 
         "views": len(work.views),
         "held_out": work.held_out.tolist(),
     }
+    summary["background"] = work.background.tolist()
     text = "no view was held out: no PSNR"
     if len(work.held_out):
         summary |= {"psnr": after.psnr, "ssim": after.ssim, "psnr_start": before.psnr, "ssim_start": before.ssim}

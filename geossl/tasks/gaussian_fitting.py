@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,8 +104,8 @@ class GaussianFitConfig:
     """Part of 1 - SSIM in the loss; the rest is the mean absolute difference."""
     antialiased: bool = False
     """Render antialiased. Most viewers of the result do not."""
-    background: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Colour behind everything."""
+    background: tuple[float, float, float] | None = None
+    """Colour behind everything; null is the mean colour of the views that are learned from, the best guess at what none of them shows."""
     start: StartConfig = field(default_factory=StartConfig)
     """The first Gaussians."""
     rates: RatesConfig = field(default_factory=RatesConfig)
@@ -119,7 +120,7 @@ class GaussianFitConfig:
         require(self.test_every == 0 or self.test_every >= 2, "test_every", "must be 0 or at least 2", self.test_every)
         require(0 <= self.sh_degree <= 3, "sh_degree", "must lie in 0..3", self.sh_degree)
         require(0 <= self.ssim_weight <= 1, "ssim_weight", "must lie in [0, 1]", self.ssim_weight)
-        require(all(0 <= value <= 1 for value in self.background), "background", "must lie in [0, 1]", self.background)
+        require(all(0 <= value <= 1 for value in self.background or ()), "background", "must lie in [0, 1], or be null", self.background)
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ class GaussianFit:
     Attributes:
         step: Steps done.
         held_out: Rows of the views that are not learned from.
+        background: Colour behind everything, ``[3]``.
 
     Raises:
         DataError: the images cannot be fitted; nothing has been computed then.
@@ -238,7 +240,8 @@ class GaussianFit:
         first = first_gaussians(points, colors, opacity, config.start.size, config.sh_degree)
         self.radius = radius(views[train], first.means)
         self._images, self._cameras = views.image.to(device), views.cameras.to(device)
-        self._background = torch.tensor(config.background, device=device)
+        mean = torch.from_numpy(views.image[train].numpy().mean((0, 1, 2), dtype=np.float64)).float()  # torch's depends on the threads
+        self.background = (mean if config.background is None else torch.tensor(config.background)).to(device)
         self._train = train
         self._most = config.density.max_count or max(1000, len(train) * views.cameras.width * views.cameras.height // 4)
         rates = config.rates
@@ -283,7 +286,7 @@ class GaussianFit:
         image, _, meta = rasterize_gaussians(
             gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh, cameras.world_to_cam,
             cameras.intrinsics, cameras.width, cameras.height, sh_degree=sh_degree, absgrad=absgrad,
-            backgrounds=self._background.expand(len(rows), 3), rasterize_mode="antialiased" if self.config.antialiased else "classic",
+            backgrounds=self.background.expand(len(rows), 3), rasterize_mode="antialiased" if self.config.antialiased else "classic",
         )  # fmt: skip
         return image, meta
 

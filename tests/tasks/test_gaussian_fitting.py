@@ -40,7 +40,11 @@ def scene() -> SceneSample:
 
 
 QUICK = GaussianFitConfig(
-    steps=40, sh_every=15, start=StartConfig(count=300), density=DensityConfig(every=10, begin=0.2, end=0.5, gradient=1e-3)
+    steps=40,
+    sh_every=15,
+    background=(0.0, 0.0, 0.0),
+    start=StartConfig(count=300),
+    density=DensityConfig(every=10, begin=0.2, end=0.5, gradient=1e-3),
 )
 
 
@@ -134,6 +138,16 @@ def test_held_out_views_teach_nothing(scene):
     plain, disturbed = fit_gaussians(scene, QUICK), fit_gaussians(dataclasses.replace(scene, image=image, depth=depth), QUICK)
     assert plain.losses == disturbed.losses
     assert plain.psnr != disturbed.psnr
+
+
+def test_nothing_is_the_mean_colour_of_the_views_learned_from(scene):
+    fit = GaussianFit(scene, dataclasses.replace(QUICK, background=None))
+    train = [row for row in range(VIEWS) if row not in (4, 12)]
+    torch.testing.assert_close(fit.background, scene.image[train].mean((0, 2, 3)))
+    with torch.no_grad():
+        fit.rows.values["opacities"][:] = -20
+    assert torch.allclose(fit.render([0, 4]), fit.background.expand(2, SIZE, SIZE, 3))
+    assert GaussianFit(scene, dataclasses.replace(QUICK, background=(0.0, 0.5, 1.0))).background.tolist() == [0.0, 0.5, 1.0]
 
 
 def test_every_view_comes_once_before_any_comes_again(scene):
