@@ -223,7 +223,7 @@ class _Scene:
         form = "[..., N, D] or [..., C, N, D]"
         tail = 1
         if sh_degree is not None:
-            if isinstance(sh_degree, bool) or sh_degree not in (0, 1, 2, 3):
+            if isinstance(sh_degree, bool) or not isinstance(sh_degree, int) or not 0 <= sh_degree <= 3:
                 raise ValueError(f"{_OP}: sh_degree must be None, 0, 1, 2 or 3, got {sh_degree!r}")
             form, tail = f"[..., N, K, 3] or [..., C, N, K, 3] with K >= {(sh_degree + 1) ** 2} for sh_degree {sh_degree}", 2
         shape = list(colors.shape)
@@ -254,14 +254,23 @@ class _Scene:
         """Return what is blended, ``[B, C or 1, N, D]``."""
         if self.sh_degree is None:
             return self.colors
-        inverse, failed = torch.linalg.inv_ex(self.viewmats)
+        # What is not drawn must not enter the graph: a number that is not finite times its gradient 0 is NaN.
+        known = self.viewmats.isfinite().flatten(-2).all(-1)[..., None, None]
+        identity = torch.eye(4, dtype=self.means.dtype, device=self.means.device)
+        inverse, failed = torch.linalg.inv_ex(torch.where(known, self.viewmats, identity))
+        failed = (failed != 0) | ~inverse.isfinite().flatten(-2).all(-1)
         if not torch.compiler.is_compiling() and not failed.is_meta and _checks.read_values(failed) and bool(failed.any()):
             raise ValueError(
                 f"{_OP}: viewmats[{int(failed.flatten().nonzero()[0])}] is singular: it has no position, which sh_degree needs for the "
                 "directions of view"
             )
-        directions = self.means[:, None] - inverse[:, :, None, :3, 3]
-        return (spherical_harmonics(self.sh_degree, directions, self.colors) + 0.5).clamp(min=0)
+        coefficients = self.colors[..., : (self.sh_degree + 1) ** 2, :]
+        finite = coefficients.isfinite().flatten(-2).all(-1)  # [B, C or 1, N]
+        coefficients = torch.where(finite[..., None, None], coefficients, 0.0)
+        directions = torch.where(self.means.isfinite().all(-1, keepdim=True), self.means, 0.0)[:, None] - inverse[:, :, None, :3, 3]
+        directions = torch.where(directions.isfinite().all(-1, keepdim=True), directions, 0.0)
+        colors = (spherical_harmonics(self.sh_degree, directions, coefficients) + 0.5).clamp(min=0)
+        return torch.where(finite[..., None], colors, torch.nan)  # so that the compositing leaves it out
 
 
 def _floating(name: str, value: Any, like: Tensor | None) -> Tensor:

@@ -378,12 +378,25 @@ SPOILT = {
 }
 
 
+def with_harmonics(x: dict, degree: int | None) -> dict:
+    """The same Gaussians with coefficients of spherical harmonics for colours."""
+    if degree is None:
+        return x
+    count, terms = x["means"].shape[-2], (degree + 1) ** 2
+    g = torch.Generator().manual_seed(degree)
+    return x | {"colors": 0.3 * torch.randn(count, terms + 1, 3, generator=g, dtype=x["means"].dtype), "sh_degree": degree}
+
+
+@pytest.mark.parametrize("degree", [None, 0, 3])
 @pytest.mark.parametrize("kind", SPOILT)
-def test_invalid_gaussians_are_not_drawn(backend, kind):
+def test_invalid_gaussians_are_not_drawn(backend, kind, degree):
     name, value = SPOILT[kind]
-    x = scene(dtype=torch.float32, channels=5)
+    x = with_harmonics(scene(dtype=torch.float32, channels=5), degree)
     spoilt = torch.arange(30) % 3 == 1
-    x[name][spoilt] = value
+    if name == "colors" and degree is not None:
+        x[name][spoilt, degree, 1] = value  # one coefficient
+    else:
+        x[name][spoilt] = value
     leaves = leaves_of(x, *EVERYTHING)
     render, alpha, _ = ops.rasterize_gaussians(**x)
     gradients = torch.autograd.grad(render.sum() + alpha.sum(), leaves)
@@ -393,10 +406,51 @@ def test_invalid_gaussians_are_not_drawn(backend, kind):
     for gradient in gradients[:5]:
         assert not gradient[spoilt].any()
         assert gradient[~spoilt].any()
+    # Nor do they reach the gradients of cameras.
+    view = x["viewmats"].detach().clone().requires_grad_()
+    render, alpha, _ = ops.rasterize_gaussians(**rest | {"viewmats": view})
+    close(gradients[5], torch.autograd.grad(render.sum() + alpha.sum(), view)[0], 1e-5)
 
 
-def test_degenerate_scenes(backend):
-    x = scene(20, 1, dtype=torch.float32)
+@pytest.mark.parametrize("degree", [None, 3])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_one_invalid_pose_leaves_the_others_alone(backend, value, degree):
+    x = with_harmonics(scene(dtype=torch.float32), degree)
+    alone = x | {"viewmats": x["viewmats"][:1].clone(), "Ks": x["Ks"][:1]}
+    x["viewmats"][1, 0, 3] = value
+    results = []
+    for y in (x, alone):
+        leaves = leaves_of(y, *EVERYTHING)
+        render, alpha, _ = ops.rasterize_gaussians(**y, render_mode="RGB+D")
+        results.append((render[0].detach(), alpha[0].detach(), *torch.autograd.grad(render.square().sum() + alpha.sum(), leaves)))
+    assert not results[0][-1][1].any()
+    for got, want in zip(results[0], results[1], strict=True):
+        close(got[:1] if got.shape != want.shape else got, want, 1e-6)
+
+
+@pytest.mark.parametrize("length", [1e30, 1e-22, 1e-30, 1e-37, 1e-42])
+def test_quaternions_of_any_length(backend, length):
+    x = scene(dtype=torch.float32)
+    quats = torch.nn.functional.normalize(x["quats"], dim=1)
+    y = x | {"quats": quats * length}
+    leaves = leaves_of(y, *EVERYTHING)
+    render, alpha, _ = ops.rasterize_gaussians(**y)
+    gradients = torch.autograd.grad(1e-3 * render.sum(), leaves)
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    if length < torch.finfo(torch.float32).tiny:  # counts as zero
+        assert not alpha.any()
+        assert not any(bool(g.any()) for g in gradients)
+    else:
+        torch.testing.assert_close(render, ops.rasterize_gaussians(**x | {"quats": quats})[0], rtol=1e-4, atol=1e-5)
+        leaf = quats.double().requires_grad_()
+        z = {n: v.detach().double() if isinstance(v, Tensor) else v for n, v in x.items()} | {"quats": leaf}
+        want = torch.autograd.grad(1e-3 * ops.rasterize_gaussians(**z, backend="reference")[0].sum(), leaf)[0]
+        close(gradients[1].double() * length, want, 1e-4)
+
+
+@pytest.mark.parametrize("degree", [None, 3])
+def test_degenerate_scenes(backend, degree):
+    x = with_harmonics(scene(20, 1, dtype=torch.float32), degree)
     behind = torch.tensor([[0.2, 0.4, 0.6]])
     empty = x | {n: x[n][:0] for n in EVERYTHING[:5]}
     away = x | {"means": x["means"] - torch.tensor([0, 0, 10.0])}
@@ -419,7 +473,7 @@ def test_degenerate_scenes(backend):
     singular = x | {"viewmats": torch.zeros(1, 4, 4)}
     singular["viewmats"][0, 2, 3] = 2.0  # every Gaussian at one place
     large = x | {"means": x["means"] * 1e30, "scales": x["scales"] * 1e25}
-    for y in (flat, huge, far, singular, large):
+    for y in (flat, huge, far, large) if degree else (flat, huge, far, singular, large):  # a singular pose has no directions
         y = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in y.items()}
         leaves = leaves_of(y, *EVERYTHING)
         render, alpha, _ = ops.rasterize_gaussians(**y, render_mode="RGB+ED", backgrounds=behind)
