@@ -92,9 +92,70 @@ def test_extremes_are_kept_finite(tmp_path):
     assert float(after.scales.max()) < 1e-11
     torch.testing.assert_close(after.quats.norm(dim=1), torch.ones(3))
     spoilt = Gaussians(before.means / 0, before.quats, before.scales, before.opacities, before.sh)
-    with pytest.raises(DataError, match="3 Gaussians hold numbers that are not finite, the first in row 0"):
+    with pytest.raises(DataError, match="3 Gaussians hold numbers that are not finite; the first is in row 0"):
         write_gaussians(tmp_path / "b.ply", spoilt)
     assert not (tmp_path / "b.ply").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("means", float("nan"), "hold numbers that are not finite; the first is in row 1"),
+        ("scales", float("inf"), "hold numbers that are not finite"),
+        ("opacities", float("nan"), "hold numbers that are not finite"),
+        ("sh", float("-inf"), "hold numbers that are not finite"),
+        ("quats", 0.0, "have the quaternion 0"),
+        ("scales", -1.0, "have negative scales"),
+        ("opacities", -0.1, r"have opacities outside \[0, 1\]"),
+        ("opacities", 1.1, r"have opacities outside \[0, 1\]"),
+    ],
+)
+def test_what_cannot_be_drawn_is_not_written(tmp_path, name, value, message):
+    spoilt = scene(3, 1)
+    getattr(spoilt, name)[1:] = value
+    with pytest.raises(DataError, match=f"2 Gaussians {message}"):
+        write_gaussians(tmp_path / "a.ply", spoilt)
+    assert not (tmp_path / "a.ply").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("y", np.nan, "hold numbers that are not finite"),
+        ("f_rest_3", np.inf, "hold numbers that are not finite"),
+        ("opacity", np.nan, "hold numbers that are not finite"),
+        ("scale_1", 100.0, "hold numbers that are not finite"),  # its exponential
+        ("rot", 0.0, "have the quaternion 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_not_read(tmp_path, name, value, message):
+    path = tmp_path / "a.ply"
+    write_gaussians(path, scene(3, 1))
+    header, end, data = path.read_bytes().partition(b"end_header\n")
+    names = [line.split()[2] for line in header.decode().splitlines() if line.startswith("property float")]
+    rows = np.frombuffer(data, "<f4").reshape(3, -1).copy()
+    rows[1, [i for i, column in enumerate(names) if column == name or (name == "rot" and column.startswith("rot_"))]] = value
+    path.write_bytes(header + end + rows.tobytes())
+    with pytest.raises(DataError, match=f"1 Gaussians {message}.* the first is in row 1"):
+        read_gaussians(path)
+
+
+def test_infinite_logits_are_opacities_of_0_and_1(tmp_path):
+    path = tmp_path / "a.ply"
+    before = scene(2, 0)
+    write_gaussians(path, before)
+    header, end, data = path.read_bytes().partition(b"end_header\n")
+    rows = np.frombuffer(data, "<f4").reshape(2, -1).copy()
+    rows[:, 9] = -np.inf, np.inf
+    path.write_bytes(header + end + rows.tobytes())
+    assert read_gaussians(path).opacities.tolist() == [0, 1]
+
+
+def test_quaternions_of_any_length_are_written_with_length_1(tmp_path):
+    before = scene(2, 0)
+    for length in (1e30, 1e-30):
+        write_gaussians(tmp_path / "a.ply", Gaussians(before.means, before.quats * length, before.scales, before.opacities, before.sh))
+        torch.testing.assert_close(read_gaussians(tmp_path / "a.ply").quats, before.quats)
 
 
 MESH = b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\nend_header\n0 0 0\n"
