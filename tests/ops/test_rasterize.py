@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -507,6 +509,15 @@ ERRORS = [
     ({"colors": X["colors"][:3]}, ValueError, r"colors must be \[..., N, D\] or \[..., C, N, D\], here N = 4 and C = 1"),
     ({"colors": torch.rand(4, 4, 3)}, ValueError, "coefficients of spherical harmonics need sh_degree"),
     ({"colors": torch.rand(4, 4, 3), "sh_degree": 2}, ValueError, "K >= 9 for sh_degree 2"),
+    ({"colors": torch.rand(4, 4, 3), "sh_degree": 1.0}, ValueError, "sh_degree must be None, 0, 1, 2 or 3, got 1.0"),
+    ({"colors": torch.rand(4, 4, 3), "sh_degree": True}, ValueError, "sh_degree must be None, 0, 1, 2 or 3, got True"),
+    ({"Ks": X["Ks"].index_fill(2, torch.tensor([2]), NAN)}, ValueError, r"Ks must be finite, got \[\[.*nan"),
+    ({"Ks": X["Ks"] / 0}, ValueError, "Ks must be finite"),
+    ({"backgrounds": torch.tensor([[0.5, NAN, 0.5]])}, ValueError, r"backgrounds must be finite, got \[0.5, nan, 0.5\]"),
+    ({"backgrounds": torch.tensor([[0.5, NAN, 0.5]]), "backend": "reference"}, ValueError, "backgrounds must be finite"),
+    ({"width": 2**33}, ValueError, "width must be at most 8388608, got 8589934592"),
+    ({"near_plane": "x"}, TypeError, "near_plane must be a number, got str 'x'"),
+    ({"radius_clip": None}, TypeError, "radius_clip must be a number, got NoneType None"),
     ({"sh_degree": 4}, ValueError, "sh_degree must be None, 0, 1, 2 or 3, got 4"),
     ({"viewmats": X["viewmats"][0]}, ValueError, r"viewmats must be \[..., C, 4, 4\].*one camera needs viewmats\[None\]"),
     ({"viewmats": torch.zeros(1, 4, 4), "colors": torch.rand(4, 4, 3), "sh_degree": 1}, ValueError, r"viewmats\[0\] is singular"),
@@ -529,9 +540,85 @@ def test_wrong_arguments(change, error, message):
         ops.rasterize_gaussians(**X | change)
 
 
+def test_no_channels(backend):
+    x = scene(dtype=torch.float32, channels=0)
+    render, alpha, _ = ops.rasterize_gaussians(**x)
+    assert render.shape == (2, 21, 37, 0)
+    assert float(alpha.max()) > 0.5
+    assert ops.rasterize_gaussians(**x, render_mode="RGB+D")[0].shape == (2, 21, 37, 1)
+
+
 def test_gsplat_needs_a_gpu():
     with pytest.raises((ValueError, ImportError), match="gsplat"):
         ops.rasterize_gaussians(**X, backend="gsplat")
+
+
+# The arguments of gsplat.rasterization 1.5.3 that are used.
+GSPLAT = (
+    "means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "width", "height", "near_plane", "far_plane", "radius_clip",
+    "eps2d", "sh_degree", "packed", "tile_size", "backgrounds", "render_mode", "sparse_grad", "absgrad", "rasterize_mode",
+)  # fmt: skip
+
+
+@pytest.fixture
+def gsplat_calls(monkeypatch):
+    """A module gsplat that notes its arguments and answers with the native kernels; and the CPU counts as a GPU."""
+    calls: list[dict] = []
+
+    def rasterization(*positional, **named):
+        assert len(positional) == 9
+        assert set(named) <= set(GSPLAT[9:])
+        call = dict(zip(GSPLAT, positional, strict=False)) | named
+        calls.append(call)
+        taken = {name: value for name, value in call.items() if name != "packed"}
+        return ops.rasterize_gaussians(**taken, backend="native")
+
+    module = types.ModuleType("gsplat")
+    module.rasterization = rasterization
+    monkeypatch.setitem(sys.modules, "gsplat", module)
+    monkeypatch.setattr(sys.modules["geossl.ops.gaussians"], "_choose", lambda backend, means: backend)
+    return calls
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 1)])
+@pytest.mark.parametrize("mode", ["RGB", "ED", "RGB+D"])
+@pytest.mark.parametrize("form", ["shared", "per_camera", "harmonics"])
+def test_gsplat_gets_and_returns_what_it_defines(gsplat_calls, lead, mode, form):
+    x = scene(lead=lead, dtype=torch.float32)
+    options: dict = {"render_mode": mode, "rasterize_mode": "antialiased", "absgrad": True, "near_plane": 0.5, "eps2d": 0.2}
+    if form == "per_camera":
+        x["colors"] = x["colors"].unsqueeze(-3).repeat_interleave(2, -3)
+    elif form == "harmonics":
+        x["colors"] = torch.randn(*lead, 30, 4, 3) * 0.3
+        options["sh_degree"] = 1
+    if "RGB" in mode:
+        options["backgrounds"] = torch.rand(*lead, 2, 3)
+    render, alpha, meta = ops.rasterize_gaussians(**x, **options, backend="gsplat")
+    want = ops.rasterize_gaussians(**x, **options, backend="native")
+    assert torch.equal(render, want[0])
+    assert torch.equal(alpha, want[1])
+    assert {n: v.shape for n, v in meta.items() if isinstance(v, Tensor)} == {
+        n: v.shape for n, v in want[2].items() if isinstance(v, Tensor)
+    }
+    (call,) = gsplat_calls
+    for name in ("means", "quats", "scales", "opacities", "viewmats", "Ks"):
+        assert torch.equal(call[name], x[name])
+    assert call["colors"].shape == (x["colors"].shape if "RGB" in mode else (*lead, 30, 3))
+    assert call["packed"] is False
+    chosen = {"near_plane": 0.5, "eps2d": 0.2, "far_plane": 1e10, "absgrad": True, "rasterize_mode": "antialiased", "render_mode": mode}
+    assert {name: call[name] for name in chosen} == chosen
+
+
+def test_gsplat_gets_checked_values(gsplat_calls):
+    for change, message in (
+        ({"opacities": X["opacities"] + 1}, r"opacities must lie in \[0, 1\]"),
+        ({"Ks": X["Ks"] * 0}, "Ks must have positive focal lengths"),
+        ({"backgrounds": torch.full((1, 3), NAN)}, "backgrounds must be finite"),
+        ({"with_ids": True}, "backend 'gsplat' has no with_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.rasterize_gaussians(**X | change, backend="gsplat")
+    assert not gsplat_calls
 
 
 def test_compiles_as_a_whole():
