@@ -35,13 +35,14 @@ def sh_basis(degree: int, directions: Tensor) -> list[Tensor]:
 def _unit(directions: Tensor) -> Tensor:
     """Return directions of length 1; 0 where the largest coordinate is under the smallest normal number.
 
-    The sum of squares is written out: reductions of torch add in an order that depends on the vector unit of the processor.
+    The sum of squares is written out, because reductions of torch add in an order that depends on the vector unit of the processor, and
+    the root is ``rsqrt``, because ``sqrt`` may be MKL's, whose last bit depends on the processor.
     """
     largest = directions.detach().abs().amax(-1, keepdim=True)  # squares of very large or small coordinates would leave the range
     there = largest >= torch.finfo(directions.dtype).tiny
     scaled = torch.where(there, directions, 1.0) / torch.where(there, largest, 1.0)
     x, y, z = scaled.unbind(-1)
-    return torch.where(there, scaled / ((x * x + y * y) + z * z).sqrt()[..., None], 0.0)
+    return torch.where(there, scaled * ((x * x + y * y) + z * z).rsqrt()[..., None], 0.0)
 
 
 def spherical_harmonics(degree: int, directions: Tensor, coefficients: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ def rasterize_gaussians(
 
     Gaussian splats are sorted by depth once per camera, equal depths in index order, and blended per pixel:
     ``alpha = min(0.999, opacity * exp(-sigma))``, skipped under 1/255, until the transmittance would fall to 1e-4 or less. On the CPU the
-    image and all gradients are the same bits for any number of threads and on any processor; the CUDA kernels use no atomics either.
+    image and all gradients are the same bits for any number of threads and any vector unit of the processor. With ``sh_degree`` the
+    gradients of means, colors and viewmats include sums by torch, which are equal on x86 but not promised elsewhere. The CUDA kernels use
+    no atomics either.
 
     A Gaussian with a number that is not finite (its colours too), with the quaternion 0 or with a negative scale is not drawn and gets no
     gradient, and so is one behind ``near_plane``, beyond ``far_plane``, off the image, or fainter than 1/255.
@@ -259,23 +261,40 @@ class _Scene:
         """Return what is blended, ``[B, C or 1, N, D]``."""
         if self.sh_degree is None:
             return self.colors
-        # What is not drawn must not enter the graph: a number that is not finite times its gradient 0 is NaN.
-        known = self.viewmats.isfinite().flatten(-2).all(-1)[..., None, None]
-        identity = torch.eye(4, dtype=self.means.dtype, device=self.means.device)
-        inverse, failed = torch.linalg.inv_ex(torch.where(known, self.viewmats, identity))
-        failed = (failed != 0) | ~inverse.isfinite().flatten(-2).all(-1)
+        position, failed = _position(self.viewmats)
         if not torch.compiler.is_compiling() and not failed.is_meta and _checks.read_values(failed) and bool(failed.any()):
             raise ValueError(
                 f"{_OP}: viewmats[{int(failed.flatten().nonzero()[0])}] is singular: it has no position, which sh_degree needs for the "
                 "directions of view"
             )
+        # What is not drawn must not enter the graph: a number that is not finite times its gradient 0 is NaN.
         coefficients = self.colors[..., : (self.sh_degree + 1) ** 2, :]
         finite = coefficients.isfinite().flatten(-2).all(-1)  # [B, C or 1, N]
         coefficients = torch.where(finite[..., None, None], coefficients, 0.0)
-        directions = torch.where(self.means.isfinite().all(-1, keepdim=True), self.means, 0.0)[:, None] - inverse[:, :, None, :3, 3]
+        directions = torch.where(self.means.isfinite().all(-1, keepdim=True), self.means, 0.0)[:, None] - position[:, :, None]
         directions = torch.where(directions.isfinite().all(-1, keepdim=True), directions, 0.0)
         colors = (spherical_harmonics(self.sh_degree, directions, coefficients) + 0.5).clamp(min=0)
         return torch.where(finite[..., None], colors, torch.nan)  # so that the compositing leaves it out
+
+
+def _position(viewmats: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where cameras are ``[B, C, 3]``, the last column of the inverse, and which poses have no inverse ``[B, C]``.
+
+    By Cramer's rule written out: the bits of LAPACK's inverse depend on the processor. A pose that is not finite counts as the identity.
+    """
+    known = viewmats.isfinite().flatten(-2).all(-1)[..., None, None]
+    identity = torch.eye(4, dtype=viewmats.dtype, device=viewmats.device)
+    m = torch.where(known, viewmats, identity).double()
+
+    def determinant(i: int, j: int, k: int) -> Tensor:
+        (a, d, g), (b, e, h), (c, f, n) = (m[..., :3, column].unbind(-1) for column in (i, j, k))
+        return (a * (e * n - f * h) + b * (f * g - d * n)) + c * (d * h - e * g)
+
+    cofactors = (-determinant(1, 2, 3), determinant(0, 2, 3), -determinant(0, 1, 3), determinant(0, 1, 2))
+    last = [m[..., 3, i] * cofactors[i] for i in range(4)]
+    whole = (last[0] + last[1]) + (last[2] + last[3])
+    position = (torch.stack(cofactors[:3], -1) / torch.where(whole != 0, whole, 1.0)[..., None]).to(viewmats.dtype)
+    return position, (whole == 0) | ~position.isfinite().all(-1)
 
 
 def _size(name: str, value: Any) -> int:

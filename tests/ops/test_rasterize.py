@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from geossl import ops
 from geossl.errors import UnknownNameError
+from geossl.geometry import SH_C0, spherical_harmonics
 from geossl.ops import _native
+from geossl.ops.gaussians import _position
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +49,15 @@ def scene(count: int = 30, cameras: int = 2, channels: int = 3, size: tuple[int,
         "Ks": k.expand(*lead, cameras, 3, 3).clone(),
     }
     return {name: value.to(dtype) for name, value in tensors.items()} | {"width": width, "height": height}
+
+
+def with_harmonics(x: dict, degree: int | None) -> dict:
+    """The same Gaussians with coefficients of spherical harmonics for colours."""
+    if degree is None:
+        return x
+    count, terms = x["means"].shape[-2], (degree + 1) ** 2
+    g = torch.Generator().manual_seed(degree)
+    return x | {"colors": 0.3 * torch.randn(count, terms + 1, 3, generator=g, dtype=x["means"].dtype), "sh_degree": degree}
 
 
 def brute_force(means2d: Tensor, conics: Tensor, opacities: Tensor, depths: Tensor, values: Tensor, width: int, height: int):
@@ -293,6 +305,58 @@ def test_every_vector_width_gives_the_same_bits(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+HARMONICS = """
+import sys
+import torch
+from geossl import ops
+
+torch.set_num_threads(1)
+x, weight = torch.load(sys.argv[1])
+leaves = [x[name].requires_grad_() for name in ("means", "quats", "scales", "opacities", "colors", "viewmats")]
+render, alpha, _ = ops.rasterize_gaussians(**x)
+torch.save([render.detach(), alpha.detach(), *torch.autograd.grad((render * weight).sum() + alpha.sum(), leaves)], sys.argv[2])
+"""
+
+
+def test_harmonics_are_the_same_bits_on_any_processor(tmp_path):
+    """Torch itself and MKL choose their code by the processor; both can be told to take that of an old one."""
+    x = with_harmonics(scene(5000, 3, size=(80, 60), dtype=torch.float32, spread=0.1), 3)
+    torch.save((x, torch.rand(3, 60, 80, 3)), tmp_path / "scene.pt")
+    results = []
+    for name, changes in (("old", {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}), ("this", {})):
+        command = [sys.executable, "-W", "ignore", "-c", HARMONICS, str(tmp_path / "scene.pt"), str(tmp_path / name)]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **changes})
+        results.append(torch.load(tmp_path / name))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spherical_harmonics_of_directions_of_any_length(dtype):
+    tiny, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max / 2
+    directions = torch.randn(20, 3, dtype=dtype)
+    directions /= directions.abs().amax(1, keepdim=True)
+    coefficients = torch.randn(20, 16, 3, dtype=dtype)
+    want = spherical_harmonics(3, directions, coefficients)
+    for length in (4 * tiny, 1e-30, 1e30, largest):
+        torch.testing.assert_close(spherical_harmonics(3, directions * length, coefficients), want, rtol=1e-4, atol=1e-5)
+    for length in (0.0, tiny / 8):  # no direction: degree 0 alone, and 0 as the gradient
+        zero = (directions * length).requires_grad_()
+        values = spherical_harmonics(1, zero, coefficients)
+        torch.testing.assert_close(values, SH_C0 * coefficients[:, 0])
+        assert not torch.autograd.grad(values.sum(), zero)[0].any()
+
+
+def test_positions_of_cameras_are_those_of_the_inverse():
+    poses = torch.randn(2, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    position, failed = _position(poses)
+    want = torch.linalg.inv(poses)[..., :3, 3]
+    torch.testing.assert_close(position, want)
+    assert not failed.any()
+    weight = torch.randn_like(want)
+    got, expected = (torch.autograd.grad((p * weight).sum(), poses)[0] for p in (position, want))
+    torch.testing.assert_close(got, expected)
+
+
 def test_equal_depths_are_drawn_in_index_order(backend):
     x = scene(6, 1, dtype=torch.float32)
     x["viewmats"] = torch.eye(4)[None].clone()
@@ -378,15 +442,6 @@ SPOILT = {
     "colour of NaN": ("colors", NAN),
     "infinite colour": ("colors", INF),
 }
-
-
-def with_harmonics(x: dict, degree: int | None) -> dict:
-    """The same Gaussians with coefficients of spherical harmonics for colours."""
-    if degree is None:
-        return x
-    count, terms = x["means"].shape[-2], (degree + 1) ** 2
-    g = torch.Generator().manual_seed(degree)
-    return x | {"colors": 0.3 * torch.randn(count, terms + 1, 3, generator=g, dtype=x["means"].dtype), "sh_degree": degree}
 
 
 @pytest.mark.parametrize("degree", [None, 0, 3])
