@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from geossl import ops
 from geossl.data import read_gaussians, write_gaussians
 from geossl.errors import DataError, MissingDependencyError
-from geossl.geometry import SH_C0, Gaussians, spherical_harmonics
+from geossl.geometry import SH_C0, Gaussians, quaternion_to_matrix, rotate, spherical_harmonics
 
 
 def scene(count: int = 7, degree: int = 3) -> Gaussians:
@@ -234,3 +237,42 @@ def test_viewer_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "viser", None)
     with pytest.raises(MissingDependencyError, match=r"geossl\[vis\]"):
         view_gaussians(scene())
+
+
+def test_viewer_shows_covariances_and_colours(monkeypatch):
+    from geossl.vis import view_gaussians
+
+    calls: dict = {}
+
+    class Scene:
+        def set_up_direction(self, direction):
+            calls["up"] = direction
+
+        def add_gaussian_splats(self, name, centers, covariances, rgbs, opacities):
+            calls.update(name=name, centers=centers, covariances=covariances, rgbs=rgbs, opacities=opacities)
+
+    class Server:
+        def __init__(self, host, port):
+            calls.update(host=host, port=port)
+            self.scene = Scene()
+
+    viser = types.ModuleType("viser")
+    viser.ViserServer = Server
+    monkeypatch.setitem(sys.modules, "viser", viser)
+    gaussians = scene(5, 2)
+    gaussians.quats.mul_(3)
+    gaussians.means.requires_grad_()
+    server = view_gaussians(gaussians, port=1234)
+    assert isinstance(server, Server)
+    assert (calls["host"], calls["port"], calls["up"]) == ("127.0.0.1", 1234, "+z")
+    for name, shape in (("centers", (5, 3)), ("covariances", (5, 3, 3)), ("rgbs", (5, 3)), ("opacities", (5, 1))):
+        assert isinstance(calls[name], np.ndarray)
+        assert calls[name].shape == shape
+        assert calls[name].dtype == np.float32
+    np.testing.assert_array_equal(calls["centers"], gaussians.means.detach())
+    np.testing.assert_array_equal(calls["opacities"][:, 0], gaussians.opacities)
+    np.testing.assert_allclose(calls["rgbs"], gaussians.colors.clamp(max=1), rtol=1e-6)
+    # A covariance has the squared scales along the axes that the quaternion turns.
+    axes = rotate(torch.eye(3).expand(5, 3, 3), quaternion_to_matrix(gaussians.quats))  # row i: where axis i points
+    along = np.einsum("nik,nkl,njl->nij", axes, calls["covariances"], axes)
+    np.testing.assert_allclose(along, torch.diag_embed(gaussians.scales.square()), atol=1e-5)
