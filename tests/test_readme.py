@@ -23,6 +23,8 @@ def test_python_runs():
     assert len(names["per_point"].feats) == 2048
     assert len(names["blocks"]) == 3
     assert names["centers"].shape == (2, 64)
+    assert names["image"].shape == (1, 64, 64, 3)
+    assert float(names["alpha"].max()) > 0
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:tools|configs|docs|geossl)/[\w./-]+\.(?:py|sh|yaml|md|tsv)", README))))

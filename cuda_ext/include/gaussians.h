@@ -17,6 +17,8 @@ template <class T>
 constexpr T kMaxAlpha = T(0.999);
 template <class T>
 constexpr T kMinTransmittance = T(1e-4);  // a pixel ends before the Gaussian that would leave it this or less
+template <class T>
+constexpr T kSmallestNormal = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);
 
 GEOSSL_HD float square_root(float x) { return sqrtf(x); }
 GEOSSL_HD double square_root(double x) { return sqrt(x); }
@@ -108,7 +110,7 @@ struct Shape {
       return sum == T(0);
     }
     length = square_root(quat[0] * quat[0] + quat[1] * quat[1] + quat[2] * quat[2] + quat[3] * quat[3]);
-    if (!(length - length == T(0)) || !(length > T(0))) {  // 0, infinite, or a square that left the range
+    if (!(length - length == T(0)) || !(length >= T(1e-15))) {  // 0, infinite, or squares that left the range of normal numbers
       T largest = 0;
       for (int i = 0; i < 4; ++i) {
         const T a = quat[i] < 0 ? -quat[i] : quat[i];
@@ -121,6 +123,7 @@ struct Shape {
       const T root = square_root(sum);
       for (int i = 0; i < 4; ++i) unit[i] /= root;
       length = largest * root;
+      if (!(length >= kSmallestNormal<T>)) return false;  // its gradient would leave the range
     } else {
       const T inverse = T(1) / length;
       for (int i = 0; i < 4; ++i) unit[i] = quat[i] * inverse;

@@ -68,6 +68,20 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[str, int, list[tuple[str,
     raise DataError(f"{path}: its header has no end; the file is truncated or of another kind")
 
 
+def _check(path: Path, means: torch.Tensor, quats: torch.Tensor, scales: torch.Tensor, opacities: torch.Tensor, sh: torch.Tensor) -> None:
+    """Refuse Gaussians that could not be drawn, with the first row of each kind."""
+    numbers = (means, quats, scales, opacities[:, None], sh.flatten(1))
+    for wrong, what in (
+        (~torch.stack([t.isfinite().all(1) for t in numbers]).all(0), "hold numbers that are not finite"),
+        (quats.abs().amax(1) < torch.finfo(quats.dtype).tiny, "have the quaternion 0, which is no rotation"),
+        ((scales < 0).any(1), "have negative scales; scales are standard deviations, of logarithms take exp"),
+        ((opacities < 0) | (opacities > 1), "have opacities outside [0, 1]; of logits take sigmoid"),
+    ):
+        rows = wrong.nonzero().flatten()
+        if len(rows):
+            raise DataError(f"{path}: {len(rows)} Gaussians {what}; the first is in row {int(rows[0])}; leave them out")
+
+
 def read_gaussians(path: Path | str) -> Gaussians:
     """Read Gaussians from a PLY file of the usual layout, binary of either byte order or text; properties may have any order and type.
 
@@ -75,7 +89,8 @@ def read_gaussians(path: Path | str) -> Gaussians:
         float32 Gaussians with activations applied: opacities in [0, 1], scales as standard deviations, quaternions as they are.
 
     Raises:
-        DataError: the file is missing, truncated, of another kind (a mesh, a point cloud), or lacks a property; the message names it.
+        DataError: the file is missing, truncated, of another kind (a mesh, a point cloud), or lacks a property (the message
+            names it), or a Gaussian could not be drawn: a number is not finite, or the quaternion is 0.
     """
     path = existing(path, "PLY file")
     try:
@@ -112,13 +127,15 @@ def read_gaussians(path: Path | str) -> Gaussians:
         return torch.from_numpy(np.stack([columns[name] for name in wanted], 1) if wanted else np.empty((count, 0), np.float32))
 
     others = gather(*(f"f_rest_{i}" for i in range(rest))).view(count, 3, rest // 3).mT
-    return Gaussians(
+    gaussians = Gaussians(
         means=gather("x", "y", "z"),
         quats=gather(*(f"rot_{i}" for i in range(4))),
         scales=gather(*(f"scale_{i}" for i in range(3))).exp(),
         opacities=gather("opacity")[:, 0].sigmoid(),
         sh=torch.cat([gather("f_dc_0", "f_dc_1", "f_dc_2")[:, None], others], 1),
     )
+    _check(path, gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh)
+    return gaussians
 
 
 def write_gaussians(path: Path | str, gaussians: Gaussians) -> None:
@@ -127,12 +144,13 @@ def write_gaussians(path: Path | str, gaussians: Gaussians) -> None:
     Quaternions are normalised; opacities are kept a millionth away from 0 and 1, whose logits are infinite, and scales at least 1e-12.
 
     Raises:
-        DataError: a number is not finite, or the file cannot be written.
+        DataError: a number is not finite, a quaternion is 0, a scale negative, an opacity outside [0, 1], or the file cannot be written.
     """
     path = Path(path)
     means, quats, scales, opacities, sh = (
         t.detach().float().cpu() for t in (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh)
     )
+    _check(path, means, quats, scales, opacities, sh)
     opacities = opacities.double().clamp(_OPACITY_MARGIN, 1 - _OPACITY_MARGIN)
     columns = torch.cat(
         [
@@ -142,15 +160,10 @@ def write_gaussians(path: Path | str, gaussians: Gaussians) -> None:
             sh[:, 1:].mT.flatten(1),
             torch.logit(opacities).float()[:, None],
             scales.clamp(min=_SMALLEST_SCALE).log(),
-            torch.nn.functional.normalize(quats, dim=1),
+            torch.nn.functional.normalize(quats / quats.abs().amax(1, keepdim=True), dim=1),
         ],
         1,
     )
-    wrong = (~columns.isfinite()).any(1).nonzero().flatten()
-    if len(wrong):
-        raise DataError(
-            f"{path}: {len(wrong)} Gaussians hold numbers that are not finite, the first in row {int(wrong[0])}; leave them out"
-        )
     rest = 3 * (sh.shape[1] - 1)
     names = [
         *("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2"),

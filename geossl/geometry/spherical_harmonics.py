@@ -32,6 +32,19 @@ def sh_basis(degree: int, directions: Tensor) -> list[Tensor]:
     return [*basis, -_C3[2] * x * (4 * zz - xx - yy), _C3[4] * z * (xx - yy), -_C3[0] * x * (xx - 3 * yy)]
 
 
+def _unit(directions: Tensor) -> Tensor:
+    """Return directions of length 1; 0 where the largest coordinate is under the smallest normal number.
+
+    The sum of squares is written out, because reductions of torch add in an order that depends on the vector unit of the processor, and
+    the root is ``rsqrt``, because ``sqrt`` may be MKL's, whose last bit depends on the processor.
+    """
+    largest = directions.detach().abs().amax(-1, keepdim=True)  # squares of very large or small coordinates would leave the range
+    there = largest >= torch.finfo(directions.dtype).tiny
+    scaled = torch.where(there, directions, 1.0) / torch.where(there, largest, 1.0)
+    x, y, z = scaled.unbind(-1)
+    return torch.where(there, scaled * ((x * x + y * y) + z * z).rsqrt()[..., None], 0.0)
+
+
 def spherical_harmonics(degree: int, directions: Tensor, coefficients: Tensor) -> Tensor:
     """Evaluate ``sum_k B_k(direction) * coefficient_k``.
 
@@ -46,7 +59,7 @@ def spherical_harmonics(degree: int, directions: Tensor, coefficients: Tensor) -
     needed = (degree + 1) ** 2
     if coefficients.dim() < 2 or coefficients.shape[-2] < needed:
         raise ValueError(f"spherical_harmonics: degree {degree} needs coefficients [..., K >= {needed}, C], got {list(coefficients.shape)}")
-    basis = sh_basis(degree, torch.nn.functional.normalize(directions, dim=-1))
+    basis = sh_basis(degree, _unit(directions))
     # A running sum: the order of additions is the same on every device.
     total = basis[0] * coefficients[..., 0, :]
     for k in range(1, needed):

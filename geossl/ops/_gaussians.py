@@ -67,7 +67,7 @@ def _differentiate(
     return [grads[0].new_empty(0) if leaf is None else next(found) for leaf in leaves]
 
 
-def _check_values(opacities: Tensor, Ks: Tensor) -> None:
+def check_values(opacities: Tensor, Ks: Tensor) -> None:
     """Refuse what is surely a mistake; what is merely degenerate is not drawn."""
     if not _checks.read_values(opacities):
         return
@@ -76,9 +76,17 @@ def _check_values(opacities: Tensor, Ks: Tensor) -> None:
     if (values < 0).any() or (values > 1).any():
         low, high = (float(v) for v in opacities.detach().nan_to_num(0.5).aminmax())
         raise ValueError(f"{_OP}: opacities must lie in [0, 1], got values from {low:g} to {high:g}; of logits take torch.sigmoid")
+    if not bool(Ks.isfinite().all()):
+        raise ValueError(f"{_OP}: Ks must be finite, got {Ks[~Ks.isfinite().flatten(-2).all(-1)][0].tolist()}")
     focal = Ks[..., [0, 1], [0, 1]]
-    if not bool(((focal > 0) & focal.isfinite()).all()):
+    if not bool((focal > 0).all()):
         raise ValueError(f"{_OP}: Ks must have positive focal lengths K[0, 0] and K[1, 1], got {focal.flatten(0, -2).tolist()[:4]}")
+
+
+def check_background(backgrounds: Tensor | None) -> None:
+    """Refuse backgrounds that would make the whole image NaN."""
+    if backgrounds is not None and _checks.read_values(backgrounds) and not bool(backgrounds.isfinite().all()):
+        raise ValueError(f"{_OP}: backgrounds must be finite, got {backgrounds[~backgrounds.isfinite().all(-1)][0].tolist()[:8]}")
 
 
 # Projection ---------------------------------------------------------------------------------------------------------------------------
@@ -106,7 +114,7 @@ def _project_fake(means: Tensor, quats: Any, scales: Any, covars: Any, opacities
 
 
 def _project_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    _check_values(arguments[4], arguments[6])
+    check_values(arguments[4], arguments[6])
     scene = (*_contiguous(*arguments[:7]), *arguments[7:])
     out = _project_fake(*scene)
     _project_c[kind](*_dispatch.place(kind, arguments[0]), *_scene(*scene), *(t.data_ptr() for t in out))
@@ -115,7 +123,7 @@ def _project_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 def project_twin(*arguments: Any) -> tuple[Tensor, ...]:
     """:func:`geossl.ops.reference.gaussians.project`, after the check of values."""
-    _check_values(arguments[4], arguments[6])
+    check_values(arguments[4], arguments[6])
     return reference.project(*arguments)
 
 
@@ -281,6 +289,7 @@ def _composite_fake(
 
 
 def _composite_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    check_background(arguments[5])
     drawing = (*_contiguous(*arguments[:6]), None, *_contiguous(*arguments[7:11]), *arguments[11:])
     out = _composite_fake(*drawing)
     pointers = [t.data_ptr() for t in out[:4]] + [t.data_ptr() if drawing[-1] else None for t in out[4:]]
@@ -290,6 +299,7 @@ def _composite_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _composite_twin(*arguments: Any) -> tuple[Tensor, ...]:
     """The reference says all but the last entry of each pixel, which its gradient does not need."""
+    check_background(arguments[5])
     inputs: Any = (*arguments[:6], arguments[7], arguments[9], *arguments[11:])
     render, alpha, largest, weight = reference.composite(*inputs)
     return render, alpha, 1 - alpha, torch.zeros_like(alpha, dtype=torch.int32), largest, weight

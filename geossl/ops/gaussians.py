@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import numbers
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ _OP = "rasterize_gaussians"
 _RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 _RASTERIZE_MODES = ("classic", "antialiased")
 _BACKENDS = ("auto", "native", "reference", "gsplat")
+_LARGEST_SIZE = 2**23  # pixel centres up to there are exact in float32
 
 
 def rasterize_gaussians(
@@ -52,7 +54,9 @@ def rasterize_gaussians(
 
     Gaussian splats are sorted by depth once per camera, equal depths in index order, and blended per pixel:
     ``alpha = min(0.999, opacity * exp(-sigma))``, skipped under 1/255, until the transmittance would fall to 1e-4 or less. On the CPU the
-    image and all gradients are the same bits for any number of threads and on any processor; the CUDA kernels use no atomics either.
+    image and all gradients are the same bits for any number of threads and any vector unit of the processor. With ``sh_degree`` the
+    gradients of means, colors and viewmats include sums by torch, which are equal on x86 but not promised elsewhere. The CUDA kernels use
+    no atomics either.
 
     A Gaussian with a number that is not finite (its colours too), with the quaternion 0 or with a negative scale is not drawn and gets no
     gradient, and so is one behind ``near_plane``, beyond ``far_plane``, off the image, or fainter than 1/255.
@@ -66,8 +70,8 @@ def rasterize_gaussians(
             spherical harmonics ``[..., N, K, 3]`` or ``[..., C, N, K, 3]``; the colour is then ``max(0, 0.5 + sum)``.
         viewmats: World to camera (x right, y down, z forward), ``[..., C, 4, 4]``.
         Ks: Intrinsics in pixels, ``[..., C, 3, 3]``; pixel centres lie at +0.5, and there is no skew.
-        width: Of the images, at least 1.
-        height: Of the images, at least 1.
+        width: Of the images, 1 to 2**23.
+        height: Of the images, 1 to 2**23.
         near_plane: Smallest depth drawn.
         far_plane: Largest depth drawn.
         radius_clip: Gaussians whose radii do not exceed it (pixels) are not drawn.
@@ -83,10 +87,11 @@ def rasterize_gaussians(
             times, slow), "gsplat" (that package, on a GPU), or "auto": the first of native, gsplat and reference that can serve.
 
     Returns:
-        ``render [..., C, H, W, X]``, ``alpha [..., C, H, W, 1]`` and ``meta``, a dict with gsplat's keys: ``means2d [..., C, N, 2]``
+        ``render [..., C, H, W, X]``, ``alpha [..., C, H, W, 1]`` and ``meta``, a dict with keys of gsplat: ``means2d [..., C, N, 2]``
         (call ``retain_grad`` on it for densification), ``depths [..., C, N]``, ``conics [..., C, N, 3]``, ``opacities [..., C, N]``,
         ``radii [..., C, N, 2]`` int32 (0: not drawn), ``tiles_per_gauss``, ``flatten_ids``, ``isect_offsets [..., C, th, tw]``,
-        ``tile_size``, ``tile_width``, ``tile_height``, ``width``, ``height``, ``n_batches``, ``n_cameras``. With ``with_ids`` also
+        ``tile_size``, ``tile_width``, ``tile_height``, ``width``, ``height``, ``n_batches``, ``n_cameras`` (but not ``isect_ids``, the
+        sort keys, which the CPU does not make). With ``with_ids`` also
         ``largest_id [..., C, H, W]`` int32, the Gaussian that gives a pixel the most of its colour (the first of equal ones, -1 for none),
         and its weight ``largest_weight [..., C, H, W]``.
 
@@ -111,10 +116,12 @@ def rasterize_gaussians(
     ):
         if chosen not in known:
             raise unknown_name(f"{_OP} {kind}", chosen, known)
-    width, height = _checks.positive(_OP, "width", width), _checks.positive(_OP, "height", height)
+    width, height = _size("width", width), _size("height", height)
     options = {"near_plane": near_plane, "far_plane": far_plane, "radius_clip": radius_clip, "eps2d": eps2d}
     for name, value in options.items():
-        if not float(value) >= 0:
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{_OP}: {name} must be a number, got {_checks.describe(value)}")
+        if not value >= 0:
             raise ValueError(f"{_OP}: {name} must be a number of at least 0, got {value!r}")
     scene = _Scene(means, quats, scales, opacities, colors, viewmats, Ks, sh_degree, backgrounds, covars, render_mode)
     run = _choose(backend, scene.means)
@@ -223,7 +230,7 @@ class _Scene:
         form = "[..., N, D] or [..., C, N, D]"
         tail = 1
         if sh_degree is not None:
-            if isinstance(sh_degree, bool) or sh_degree not in (0, 1, 2, 3):
+            if isinstance(sh_degree, bool) or not isinstance(sh_degree, int) or not 0 <= sh_degree <= 3:
                 raise ValueError(f"{_OP}: sh_degree must be None, 0, 1, 2 or 3, got {sh_degree!r}")
             form, tail = f"[..., N, K, 3] or [..., C, N, K, 3] with K >= {(sh_degree + 1) ** 2} for sh_degree {sh_degree}", 2
         shape = list(colors.shape)
@@ -254,14 +261,47 @@ class _Scene:
         """Return what is blended, ``[B, C or 1, N, D]``."""
         if self.sh_degree is None:
             return self.colors
-        inverse, failed = torch.linalg.inv_ex(self.viewmats)
+        position, failed = _position(self.viewmats)
         if not torch.compiler.is_compiling() and not failed.is_meta and _checks.read_values(failed) and bool(failed.any()):
             raise ValueError(
                 f"{_OP}: viewmats[{int(failed.flatten().nonzero()[0])}] is singular: it has no position, which sh_degree needs for the "
                 "directions of view"
             )
-        directions = self.means[:, None] - inverse[:, :, None, :3, 3]
-        return (spherical_harmonics(self.sh_degree, directions, self.colors) + 0.5).clamp(min=0)
+        # What is not drawn must not enter the graph: a number that is not finite times its gradient 0 is NaN.
+        coefficients = self.colors[..., : (self.sh_degree + 1) ** 2, :]
+        finite = coefficients.isfinite().flatten(-2).all(-1)  # [B, C or 1, N]
+        coefficients = torch.where(finite[..., None, None], coefficients, 0.0)
+        directions = torch.where(self.means.isfinite().all(-1, keepdim=True), self.means, 0.0)[:, None] - position[:, :, None]
+        directions = torch.where(directions.isfinite().all(-1, keepdim=True), directions, 0.0)
+        colors = (spherical_harmonics(self.sh_degree, directions, coefficients) + 0.5).clamp(min=0)
+        return torch.where(finite[..., None], colors, torch.nan)  # so that the compositing leaves it out
+
+
+def _position(viewmats: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where cameras are ``[B, C, 3]``, the last column of the inverse, and which poses have no inverse ``[B, C]``.
+
+    By Cramer's rule written out: the bits of LAPACK's inverse depend on the processor. A pose that is not finite counts as the identity.
+    """
+    known = viewmats.isfinite().flatten(-2).all(-1)[..., None, None]
+    identity = torch.eye(4, dtype=viewmats.dtype, device=viewmats.device)
+    m = torch.where(known, viewmats, identity).double()
+
+    def determinant(i: int, j: int, k: int) -> Tensor:
+        (a, d, g), (b, e, h), (c, f, n) = (m[..., :3, column].unbind(-1) for column in (i, j, k))
+        return (a * (e * n - f * h) + b * (f * g - d * n)) + c * (d * h - e * g)
+
+    cofactors = (-determinant(1, 2, 3), determinant(0, 2, 3), -determinant(0, 1, 3), determinant(0, 1, 2))
+    last = [m[..., 3, i] * cofactors[i] for i in range(4)]
+    whole = (last[0] + last[1]) + (last[2] + last[3])
+    position = (torch.stack(cofactors[:3], -1) / torch.where(whole != 0, whole, 1.0)[..., None]).to(viewmats.dtype)
+    return position, (whole == 0) | ~position.isfinite().all(-1)
+
+
+def _size(name: str, value: Any) -> int:
+    size = _checks.positive(_OP, name, value)
+    if size > _LARGEST_SIZE:
+        raise ValueError(f"{_OP}: {name} must be at most {_LARGEST_SIZE}, got {size}")
+    return size
 
 
 def _floating(name: str, value: Any, like: Tensor | None) -> Tensor:
@@ -286,22 +326,27 @@ def _shaped(name: str, value: Any, means: Tensor, form: str, shape: list[int]) -
 def _gsplat(
     scene: _Scene, width: int, height: int, options: dict[str, float], render_mode: str, absgrad: bool, rasterize_mode: str
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The same by the package gsplat."""
+    """The same by the package gsplat, which gets the leading dimensions as they were given, so that ``meta`` has them too."""
+    native.check_values(scene.opacities, scene.Ks)
+    native.check_background(scene.backgrounds)
     colors = scene.colors.squeeze(1) if scene.colors.shape[1] == 1 else scene.colors
     if render_mode in ("D", "ED"):
         colors = scene.means.new_zeros(*scene.means.shape[:2], 3)
-    render, alpha, meta = optional_import("gsplat", "interop").rasterization(
-        scene.means, scene.quats, scene.scales, scene.opacities, colors, scene.viewmats, scene.Ks, width, height, **options,
-        sh_degree=scene.sh_degree, packed=False, backgrounds=scene.backgrounds, render_mode=render_mode, absgrad=absgrad,
-        rasterize_mode=rasterize_mode,
+    assert scene.quats is not None
+    assert scene.scales is not None
+    tensors = (scene.means, scene.quats, scene.scales, scene.opacities, colors, scene.viewmats, scene.Ks)
+    backgrounds = None if scene.backgrounds is None else scene.unflatten(scene.backgrounds)
+    return optional_import("gsplat", "interop").rasterization(
+        *(scene.unflatten(t) for t in tensors), width, height, **options, sh_degree=scene.sh_degree, packed=False,
+        backgrounds=backgrounds, render_mode=render_mode, absgrad=absgrad, rasterize_mode=rasterize_mode,
     )  # fmt: skip
-    return scene.unflatten(render), scene.unflatten(alpha), meta
 
 
 def _reference_composite(
     means2d: Tensor, conics: Tensor, opacities: Tensor, features: Tensor, depths: Tensor | None, backgrounds: Tensor | None,
     probe: Tensor | None, ids: Tensor, places: Tensor, tile_starts: Tensor, starts: Tensor, width: int, height: int, with_ids: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    native.check_background(backgrounds)
     return reference.composite(means2d, conics, opacities, features, depths, backgrounds, ids, tile_starts, width, height, with_ids)
 
 

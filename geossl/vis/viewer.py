@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from geossl.errors import optional_import
-from geossl.geometry import Gaussians
-from geossl.ops.reference.gaussians import rotation
+from geossl.geometry import Gaussians, quaternion_to_matrix
 
 
 def view_gaussians(gaussians: Gaussians, host: str = "127.0.0.1", port: int = 8080) -> Any:
@@ -26,7 +25,7 @@ def view_gaussians(gaussians: Gaussians, host: str = "127.0.0.1", port: int = 80
     """
     viser = optional_import("viser", "vis")
     scene = gaussians.to("cpu")
-    m = rotation(scene.quats.detach().float()) * scene.scales.detach().float()[:, None]
+    m = quaternion_to_matrix(scene.quats.detach().float()) * scene.scales.detach().float()[:, None]
     server = viser.ViserServer(host=host, port=port)
     server.scene.set_up_direction("+z")
     server.scene.add_gaussian_splats(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from geossl import ops
 from geossl.data import read_gaussians, write_gaussians
 from geossl.errors import DataError, MissingDependencyError
-from geossl.geometry import SH_C0, Gaussians, spherical_harmonics
+from geossl.geometry import SH_C0, Gaussians, quaternion_to_matrix, rotate, spherical_harmonics
 
 
 def scene(count: int = 7, degree: int = 3) -> Gaussians:
@@ -92,9 +95,70 @@ def test_extremes_are_kept_finite(tmp_path):
     assert float(after.scales.max()) < 1e-11
     torch.testing.assert_close(after.quats.norm(dim=1), torch.ones(3))
     spoilt = Gaussians(before.means / 0, before.quats, before.scales, before.opacities, before.sh)
-    with pytest.raises(DataError, match="3 Gaussians hold numbers that are not finite, the first in row 0"):
+    with pytest.raises(DataError, match="3 Gaussians hold numbers that are not finite; the first is in row 0"):
         write_gaussians(tmp_path / "b.ply", spoilt)
     assert not (tmp_path / "b.ply").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("means", float("nan"), "hold numbers that are not finite; the first is in row 1"),
+        ("scales", float("inf"), "hold numbers that are not finite"),
+        ("opacities", float("nan"), "hold numbers that are not finite"),
+        ("sh", float("-inf"), "hold numbers that are not finite"),
+        ("quats", 0.0, "have the quaternion 0"),
+        ("scales", -1.0, "have negative scales"),
+        ("opacities", -0.1, r"have opacities outside \[0, 1\]"),
+        ("opacities", 1.1, r"have opacities outside \[0, 1\]"),
+    ],
+)
+def test_what_cannot_be_drawn_is_not_written(tmp_path, name, value, message):
+    spoilt = scene(3, 1)
+    getattr(spoilt, name)[1:] = value
+    with pytest.raises(DataError, match=f"2 Gaussians {message}"):
+        write_gaussians(tmp_path / "a.ply", spoilt)
+    assert not (tmp_path / "a.ply").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("y", np.nan, "hold numbers that are not finite"),
+        ("f_rest_3", np.inf, "hold numbers that are not finite"),
+        ("opacity", np.nan, "hold numbers that are not finite"),
+        ("scale_1", 100.0, "hold numbers that are not finite"),  # its exponential
+        ("rot", 0.0, "have the quaternion 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_not_read(tmp_path, name, value, message):
+    path = tmp_path / "a.ply"
+    write_gaussians(path, scene(3, 1))
+    header, end, data = path.read_bytes().partition(b"end_header\n")
+    names = [line.split()[2] for line in header.decode().splitlines() if line.startswith("property float")]
+    rows = np.frombuffer(data, "<f4").reshape(3, -1).copy()
+    rows[1, [i for i, column in enumerate(names) if column == name or (name == "rot" and column.startswith("rot_"))]] = value
+    path.write_bytes(header + end + rows.tobytes())
+    with pytest.raises(DataError, match=f"1 Gaussians {message}.* the first is in row 1"):
+        read_gaussians(path)
+
+
+def test_infinite_logits_are_opacities_of_0_and_1(tmp_path):
+    path = tmp_path / "a.ply"
+    before = scene(2, 0)
+    write_gaussians(path, before)
+    header, end, data = path.read_bytes().partition(b"end_header\n")
+    rows = np.frombuffer(data, "<f4").reshape(2, -1).copy()
+    rows[:, 9] = -np.inf, np.inf
+    path.write_bytes(header + end + rows.tobytes())
+    assert read_gaussians(path).opacities.tolist() == [0, 1]
+
+
+def test_quaternions_of_any_length_are_written_with_length_1(tmp_path):
+    before = scene(2, 0)
+    for length in (1e30, 1e-30):
+        write_gaussians(tmp_path / "a.ply", Gaussians(before.means, before.quats * length, before.scales, before.opacities, before.sh))
+        torch.testing.assert_close(read_gaussians(tmp_path / "a.ply").quats, before.quats)
 
 
 MESH = b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\nend_header\n0 0 0\n"
@@ -173,3 +237,42 @@ def test_viewer_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "viser", None)
     with pytest.raises(MissingDependencyError, match=r"geossl\[vis\]"):
         view_gaussians(scene())
+
+
+def test_viewer_shows_covariances_and_colours(monkeypatch):
+    from geossl.vis import view_gaussians
+
+    calls: dict = {}
+
+    class Scene:
+        def set_up_direction(self, direction):
+            calls["up"] = direction
+
+        def add_gaussian_splats(self, name, centers, covariances, rgbs, opacities):
+            calls.update(name=name, centers=centers, covariances=covariances, rgbs=rgbs, opacities=opacities)
+
+    class Server:
+        def __init__(self, host, port):
+            calls.update(host=host, port=port)
+            self.scene = Scene()
+
+    viser = types.ModuleType("viser")
+    viser.ViserServer = Server
+    monkeypatch.setitem(sys.modules, "viser", viser)
+    gaussians = scene(5, 2)
+    gaussians.quats.mul_(3)
+    gaussians.means.requires_grad_()
+    server = view_gaussians(gaussians, port=1234)
+    assert isinstance(server, Server)
+    assert (calls["host"], calls["port"], calls["up"]) == ("127.0.0.1", 1234, "+z")
+    for name, shape in (("centers", (5, 3)), ("covariances", (5, 3, 3)), ("rgbs", (5, 3)), ("opacities", (5, 1))):
+        assert isinstance(calls[name], np.ndarray)
+        assert calls[name].shape == shape
+        assert calls[name].dtype == np.float32
+    np.testing.assert_array_equal(calls["centers"], gaussians.means.detach())
+    np.testing.assert_array_equal(calls["opacities"][:, 0], gaussians.opacities)
+    np.testing.assert_allclose(calls["rgbs"], gaussians.colors.clamp(max=1), rtol=1e-6)
+    # A covariance has the squared scales along the axes that the quaternion turns.
+    axes = rotate(torch.eye(3).expand(5, 3, 3), quaternion_to_matrix(gaussians.quats))  # row i: where axis i points
+    along = np.einsum("nik,nkl,njl->nij", axes, calls["covariances"], axes)
+    np.testing.assert_allclose(along, torch.diag_embed(gaussians.scales.square()), atol=1e-5)

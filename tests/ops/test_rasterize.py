@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from torch import Tensor
 
 from geossl import ops
 from geossl.errors import UnknownNameError
+from geossl.geometry import SH_C0, spherical_harmonics
 from geossl.ops import _native
+from geossl.ops.gaussians import _position
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +49,15 @@ def scene(count: int = 30, cameras: int = 2, channels: int = 3, size: tuple[int,
         "Ks": k.expand(*lead, cameras, 3, 3).clone(),
     }
     return {name: value.to(dtype) for name, value in tensors.items()} | {"width": width, "height": height}
+
+
+def with_harmonics(x: dict, degree: int | None) -> dict:
+    """The same Gaussians with coefficients of spherical harmonics for colours."""
+    if degree is None:
+        return x
+    count, terms = x["means"].shape[-2], (degree + 1) ** 2
+    g = torch.Generator().manual_seed(degree)
+    return x | {"colors": 0.3 * torch.randn(count, terms + 1, 3, generator=g, dtype=x["means"].dtype), "sh_degree": degree}
 
 
 def brute_force(means2d: Tensor, conics: Tensor, opacities: Tensor, depths: Tensor, values: Tensor, width: int, height: int):
@@ -291,6 +305,58 @@ def test_every_vector_width_gives_the_same_bits(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+HARMONICS = """
+import sys
+import torch
+from geossl import ops
+
+torch.set_num_threads(1)
+x, weight = torch.load(sys.argv[1])
+leaves = [x[name].requires_grad_() for name in ("means", "quats", "scales", "opacities", "colors", "viewmats")]
+render, alpha, _ = ops.rasterize_gaussians(**x)
+torch.save([render.detach(), alpha.detach(), *torch.autograd.grad((render * weight).sum() + alpha.sum(), leaves)], sys.argv[2])
+"""
+
+
+def test_harmonics_are_the_same_bits_on_any_processor(tmp_path):
+    """Torch itself and MKL choose their code by the processor; both can be told to take that of an old one."""
+    x = with_harmonics(scene(5000, 3, size=(80, 60), dtype=torch.float32, spread=0.1), 3)
+    torch.save((x, torch.rand(3, 60, 80, 3)), tmp_path / "scene.pt")
+    results = []
+    for name, changes in (("old", {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}), ("this", {})):
+        command = [sys.executable, "-W", "ignore", "-c", HARMONICS, str(tmp_path / "scene.pt"), str(tmp_path / name)]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **changes})
+        results.append(torch.load(tmp_path / name))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spherical_harmonics_of_directions_of_any_length(dtype):
+    tiny, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max / 2
+    directions = torch.randn(20, 3, dtype=dtype)
+    directions /= directions.abs().amax(1, keepdim=True)
+    coefficients = torch.randn(20, 16, 3, dtype=dtype)
+    want = spherical_harmonics(3, directions, coefficients)
+    for length in (4 * tiny, 1e-30, 1e30, largest):
+        torch.testing.assert_close(spherical_harmonics(3, directions * length, coefficients), want, rtol=1e-4, atol=1e-5)
+    for length in (0.0, tiny / 8):  # no direction: degree 0 alone, and 0 as the gradient
+        zero = (directions * length).requires_grad_()
+        values = spherical_harmonics(1, zero, coefficients)
+        torch.testing.assert_close(values, SH_C0 * coefficients[:, 0])
+        assert not torch.autograd.grad(values.sum(), zero)[0].any()
+
+
+def test_positions_of_cameras_are_those_of_the_inverse():
+    poses = torch.randn(2, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    position, failed = _position(poses)
+    want = torch.linalg.inv(poses)[..., :3, 3]
+    torch.testing.assert_close(position, want)
+    assert not failed.any()
+    weight = torch.randn_like(want)
+    got, expected = (torch.autograd.grad((p * weight).sum(), poses)[0] for p in (position, want))
+    torch.testing.assert_close(got, expected)
+
+
 def test_equal_depths_are_drawn_in_index_order(backend):
     x = scene(6, 1, dtype=torch.float32)
     x["viewmats"] = torch.eye(4)[None].clone()
@@ -378,12 +444,16 @@ SPOILT = {
 }
 
 
+@pytest.mark.parametrize("degree", [None, 0, 3])
 @pytest.mark.parametrize("kind", SPOILT)
-def test_invalid_gaussians_are_not_drawn(backend, kind):
+def test_invalid_gaussians_are_not_drawn(backend, kind, degree):
     name, value = SPOILT[kind]
-    x = scene(dtype=torch.float32, channels=5)
+    x = with_harmonics(scene(dtype=torch.float32, channels=5), degree)
     spoilt = torch.arange(30) % 3 == 1
-    x[name][spoilt] = value
+    if name == "colors" and degree is not None:
+        x[name][spoilt, degree, 1] = value  # one coefficient
+    else:
+        x[name][spoilt] = value
     leaves = leaves_of(x, *EVERYTHING)
     render, alpha, _ = ops.rasterize_gaussians(**x)
     gradients = torch.autograd.grad(render.sum() + alpha.sum(), leaves)
@@ -393,10 +463,51 @@ def test_invalid_gaussians_are_not_drawn(backend, kind):
     for gradient in gradients[:5]:
         assert not gradient[spoilt].any()
         assert gradient[~spoilt].any()
+    # Nor do they reach the gradients of cameras.
+    view = x["viewmats"].detach().clone().requires_grad_()
+    render, alpha, _ = ops.rasterize_gaussians(**rest | {"viewmats": view})
+    close(gradients[5], torch.autograd.grad(render.sum() + alpha.sum(), view)[0], 1e-5)
 
 
-def test_degenerate_scenes(backend):
-    x = scene(20, 1, dtype=torch.float32)
+@pytest.mark.parametrize("degree", [None, 3])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_one_invalid_pose_leaves_the_others_alone(backend, value, degree):
+    x = with_harmonics(scene(dtype=torch.float32), degree)
+    alone = x | {"viewmats": x["viewmats"][:1].clone(), "Ks": x["Ks"][:1]}
+    x["viewmats"][1, 0, 3] = value
+    results = []
+    for y in (x, alone):
+        leaves = leaves_of(y, *EVERYTHING)
+        render, alpha, _ = ops.rasterize_gaussians(**y, render_mode="RGB+D")
+        results.append((render[0].detach(), alpha[0].detach(), *torch.autograd.grad(render.square().sum() + alpha.sum(), leaves)))
+    assert not results[0][-1][1].any()
+    for got, want in zip(results[0], results[1], strict=True):
+        close(got[:1] if got.shape != want.shape else got, want, 1e-6)
+
+
+@pytest.mark.parametrize("length", [1e30, 1e-22, 1e-30, 1e-37, 1e-42])
+def test_quaternions_of_any_length(backend, length):
+    x = scene(dtype=torch.float32)
+    quats = torch.nn.functional.normalize(x["quats"], dim=1)
+    y = x | {"quats": quats * length}
+    leaves = leaves_of(y, *EVERYTHING)
+    render, alpha, _ = ops.rasterize_gaussians(**y)
+    gradients = torch.autograd.grad(1e-3 * render.sum(), leaves)
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    if length < torch.finfo(torch.float32).tiny:  # counts as zero
+        assert not alpha.any()
+        assert not any(bool(g.any()) for g in gradients)
+    else:
+        torch.testing.assert_close(render, ops.rasterize_gaussians(**x | {"quats": quats})[0], rtol=1e-4, atol=1e-5)
+        leaf = quats.double().requires_grad_()
+        z = {n: v.detach().double() if isinstance(v, Tensor) else v for n, v in x.items()} | {"quats": leaf}
+        want = torch.autograd.grad(1e-3 * ops.rasterize_gaussians(**z, backend="reference")[0].sum(), leaf)[0]
+        close(gradients[1].double() * length, want, 1e-4)
+
+
+@pytest.mark.parametrize("degree", [None, 3])
+def test_degenerate_scenes(backend, degree):
+    x = with_harmonics(scene(20, 1, dtype=torch.float32), degree)
     behind = torch.tensor([[0.2, 0.4, 0.6]])
     empty = x | {n: x[n][:0] for n in EVERYTHING[:5]}
     away = x | {"means": x["means"] - torch.tensor([0, 0, 10.0])}
@@ -419,7 +530,7 @@ def test_degenerate_scenes(backend):
     singular = x | {"viewmats": torch.zeros(1, 4, 4)}
     singular["viewmats"][0, 2, 3] = 2.0  # every Gaussian at one place
     large = x | {"means": x["means"] * 1e30, "scales": x["scales"] * 1e25}
-    for y in (flat, huge, far, singular, large):
+    for y in (flat, huge, far, large) if degree else (flat, huge, far, singular, large):  # a singular pose has no directions
         y = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in y.items()}
         leaves = leaves_of(y, *EVERYTHING)
         render, alpha, _ = ops.rasterize_gaussians(**y, render_mode="RGB+ED", backgrounds=behind)
@@ -453,6 +564,15 @@ ERRORS = [
     ({"colors": X["colors"][:3]}, ValueError, r"colors must be \[..., N, D\] or \[..., C, N, D\], here N = 4 and C = 1"),
     ({"colors": torch.rand(4, 4, 3)}, ValueError, "coefficients of spherical harmonics need sh_degree"),
     ({"colors": torch.rand(4, 4, 3), "sh_degree": 2}, ValueError, "K >= 9 for sh_degree 2"),
+    ({"colors": torch.rand(4, 4, 3), "sh_degree": 1.0}, ValueError, "sh_degree must be None, 0, 1, 2 or 3, got 1.0"),
+    ({"colors": torch.rand(4, 4, 3), "sh_degree": True}, ValueError, "sh_degree must be None, 0, 1, 2 or 3, got True"),
+    ({"Ks": X["Ks"].index_fill(2, torch.tensor([2]), NAN)}, ValueError, r"Ks must be finite, got \[\[.*nan"),
+    ({"Ks": X["Ks"] / 0}, ValueError, "Ks must be finite"),
+    ({"backgrounds": torch.tensor([[0.5, NAN, 0.5]])}, ValueError, r"backgrounds must be finite, got \[0.5, nan, 0.5\]"),
+    ({"backgrounds": torch.tensor([[0.5, NAN, 0.5]]), "backend": "reference"}, ValueError, "backgrounds must be finite"),
+    ({"width": 2**33}, ValueError, "width must be at most 8388608, got 8589934592"),
+    ({"near_plane": "x"}, TypeError, "near_plane must be a number, got str 'x'"),
+    ({"radius_clip": None}, TypeError, "radius_clip must be a number, got NoneType None"),
     ({"sh_degree": 4}, ValueError, "sh_degree must be None, 0, 1, 2 or 3, got 4"),
     ({"viewmats": X["viewmats"][0]}, ValueError, r"viewmats must be \[..., C, 4, 4\].*one camera needs viewmats\[None\]"),
     ({"viewmats": torch.zeros(1, 4, 4), "colors": torch.rand(4, 4, 3), "sh_degree": 1}, ValueError, r"viewmats\[0\] is singular"),
@@ -475,9 +595,85 @@ def test_wrong_arguments(change, error, message):
         ops.rasterize_gaussians(**X | change)
 
 
+def test_no_channels(backend):
+    x = scene(dtype=torch.float32, channels=0)
+    render, alpha, _ = ops.rasterize_gaussians(**x)
+    assert render.shape == (2, 21, 37, 0)
+    assert float(alpha.max()) > 0.5
+    assert ops.rasterize_gaussians(**x, render_mode="RGB+D")[0].shape == (2, 21, 37, 1)
+
+
 def test_gsplat_needs_a_gpu():
     with pytest.raises((ValueError, ImportError), match="gsplat"):
         ops.rasterize_gaussians(**X, backend="gsplat")
+
+
+# The arguments of gsplat.rasterization 1.5.3 that are used.
+GSPLAT = (
+    "means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "width", "height", "near_plane", "far_plane", "radius_clip",
+    "eps2d", "sh_degree", "packed", "tile_size", "backgrounds", "render_mode", "sparse_grad", "absgrad", "rasterize_mode",
+)  # fmt: skip
+
+
+@pytest.fixture
+def gsplat_calls(monkeypatch):
+    """A module gsplat that notes its arguments and answers with the native kernels; and the CPU counts as a GPU."""
+    calls: list[dict] = []
+
+    def rasterization(*positional, **named):
+        assert len(positional) == 9
+        assert set(named) <= set(GSPLAT[9:])
+        call = dict(zip(GSPLAT, positional, strict=False)) | named
+        calls.append(call)
+        taken = {name: value for name, value in call.items() if name != "packed"}
+        return ops.rasterize_gaussians(**taken, backend="native")
+
+    module = types.ModuleType("gsplat")
+    module.rasterization = rasterization
+    monkeypatch.setitem(sys.modules, "gsplat", module)
+    monkeypatch.setattr(sys.modules["geossl.ops.gaussians"], "_choose", lambda backend, means: backend)
+    return calls
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 1)])
+@pytest.mark.parametrize("mode", ["RGB", "ED", "RGB+D"])
+@pytest.mark.parametrize("form", ["shared", "per_camera", "harmonics"])
+def test_gsplat_gets_and_returns_what_it_defines(gsplat_calls, lead, mode, form):
+    x = scene(lead=lead, dtype=torch.float32)
+    options: dict = {"render_mode": mode, "rasterize_mode": "antialiased", "absgrad": True, "near_plane": 0.5, "eps2d": 0.2}
+    if form == "per_camera":
+        x["colors"] = x["colors"].unsqueeze(-3).repeat_interleave(2, -3)
+    elif form == "harmonics":
+        x["colors"] = torch.randn(*lead, 30, 4, 3) * 0.3
+        options["sh_degree"] = 1
+    if "RGB" in mode:
+        options["backgrounds"] = torch.rand(*lead, 2, 3)
+    render, alpha, meta = ops.rasterize_gaussians(**x, **options, backend="gsplat")
+    want = ops.rasterize_gaussians(**x, **options, backend="native")
+    assert torch.equal(render, want[0])
+    assert torch.equal(alpha, want[1])
+    assert {n: v.shape for n, v in meta.items() if isinstance(v, Tensor)} == {
+        n: v.shape for n, v in want[2].items() if isinstance(v, Tensor)
+    }
+    (call,) = gsplat_calls
+    for name in ("means", "quats", "scales", "opacities", "viewmats", "Ks"):
+        assert torch.equal(call[name], x[name])
+    assert call["colors"].shape == (x["colors"].shape if "RGB" in mode else (*lead, 30, 3))
+    assert call["packed"] is False
+    chosen = {"near_plane": 0.5, "eps2d": 0.2, "far_plane": 1e10, "absgrad": True, "rasterize_mode": "antialiased", "render_mode": mode}
+    assert {name: call[name] for name in chosen} == chosen
+
+
+def test_gsplat_gets_checked_values(gsplat_calls):
+    for change, message in (
+        ({"opacities": X["opacities"] + 1}, r"opacities must lie in \[0, 1\]"),
+        ({"Ks": X["Ks"] * 0}, "Ks must have positive focal lengths"),
+        ({"backgrounds": torch.full((1, 3), NAN)}, "backgrounds must be finite"),
+        ({"with_ids": True}, "backend 'gsplat' has no with_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.rasterize_gaussians(**X | change, backend="gsplat")
+    assert not gsplat_calls
 
 
 def test_compiles_as_a_whole():

@@ -14,9 +14,16 @@ MAX_ALPHA = 0.999
 MIN_TRANSMITTANCE = 1e-4  # a pixel ends before the Gaussian that would leave it this or less
 
 
+def _scaled(quats: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide by the largest component, so that squares stay in range; also return that component."""
+    largest = quats.detach().abs().amax(-1, keepdim=True)
+    return quats / largest, largest
+
+
 def rotation(quats: Tensor) -> Tensor:
     """Turn quaternions (w, x, y, z) of any length but 0 into rotation matrices ``[..., 3, 3]``."""
-    w, x, y, z = (quats / quats.norm(dim=-1, keepdim=True)).unbind(-1)
+    scaled, _ = _scaled(quats)
+    w, x, y, z = (scaled / scaled.norm(dim=-1, keepdim=True)).unbind(-1)
     rows = (
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
@@ -26,13 +33,18 @@ def rotation(quats: Tensor) -> Tensor:
 
 
 def _valid(means: Tensor, quats: Tensor | None, scales: Tensor | None, covars: Tensor | None, opacities: Tensor) -> Tensor:
-    """Which Gaussians ``[B, N]`` can be drawn: every number finite, quaternion not 0, no scale negative."""
+    """Which Gaussians ``[B, N]`` can be drawn: every number finite, no scale negative, quaternions not 0.
+
+    A quaternion shorter than the smallest normal number counts as 0: its gradient leaves the range.
+    """
     valid = means.isfinite().all(-1) & opacities.isfinite()
     if covars is not None:
         return valid & covars.isfinite().flatten(-2).all(-1)
     assert quats is not None
     assert scales is not None
-    return valid & quats.isfinite().all(-1) & (quats != 0).any(-1) & scales.isfinite().all(-1) & (scales >= 0).all(-1)
+    scaled, largest = _scaled(quats.detach())
+    there = scaled.norm(dim=-1) * largest[..., 0] >= torch.finfo(quats.dtype).tiny  # False of NaN
+    return valid & quats.isfinite().all(-1) & there & scales.isfinite().all(-1) & (scales >= 0).all(-1)
 
 
 def project(
@@ -196,7 +208,7 @@ def composite(
         values = torch.cat([values, depths[..., None]], -1)
     channels = values.shape[-1]
     finite = values.isfinite().all(-1, keepdim=True)  # a Gaussian with a NaN in its features is not drawn
-    values = torch.where(finite, values, 0.0).reshape(-1, channels)
+    values = torch.where(finite, values, 0.0).flatten(0, 2)
     opacity = torch.where(finite[..., 0], opacities, 0.0).reshape(-1)
     points, shapes = means2d.reshape(-1, 2), conics.reshape(-1, 3)
     across, down = -(-width // TILE), -(-height // TILE)
