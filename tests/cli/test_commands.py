@@ -17,7 +17,7 @@ from geossl import cli
 from geossl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"extract": "extract_features", "convert": "convert_checkpoint", "prepare-data": "prepare_data"}
+SCRIPTS = {"extract": "extract_features", "convert": "convert_checkpoint", "prepare-data": "prepare_data", "fit-gaussians": "fit_gaussians"}
 
 
 def replace_program(monkeypatch: pytest.MonkeyPatch, main) -> None:
