@@ -269,8 +269,8 @@ class _Scene:
             )
         # What is not drawn must not enter the graph: a number that is not finite times its gradient 0 is NaN.
         coefficients = self.colors[..., : (self.sh_degree + 1) ** 2, :]
-        finite = coefficients.isfinite().flatten(-2).all(-1)  # [B, C or 1, N]
-        coefficients = torch.where(finite[..., None, None], coefficients, 0.0)
+        finite = (coefficients.detach() * 0).flatten(-2).sum(-1) == 0  # [B, C or 1, N]; faster than isfinite().all()
+        coefficients = coefficients.masked_fill(~finite[..., None, None], 0.0)
         directions = torch.where(self.means.isfinite().all(-1, keepdim=True), self.means, 0.0)[:, None] - position[:, :, None]
         directions = torch.where(directions.isfinite().all(-1, keepdim=True), directions, 0.0)
         colors = (spherical_harmonics(self.sh_degree, directions, coefficients) + 0.5).clamp(min=0)
