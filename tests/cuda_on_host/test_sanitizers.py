@@ -29,7 +29,7 @@ def run_driver(mode: str, seed: int) -> None:
     sources = [*sorted(HERE.glob("drive*.cpp")), *(path for path in kernels if path.stem != "info")]
     program = build_host.compile_sources("drive", sources, mode)
     env = dict(os.environ, ASAN_OPTIONS="detect_leaks=1", TSAN_OPTIONS="exitcode=66")
-    done = subprocess.run([program, str(seed)], env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([program, str(seed)], env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "all equal" in done.stdout
 
