@@ -373,16 +373,22 @@ def test_prepared_objects_are_kept_and_checked(
 ) -> None:
     row = candidates("clock")[0]
     object_surfels.cache_clear()
+    monkeypatch.setenv("GEOSSL_CACHE", str(tmp_path / "fresh"))
+    cache = tmp_path / "fresh"
+    stale, mine = cache / "surfels-0123456789abcdef", cache / "surfels-mine"
+    stale.mkdir(parents=True)
+    mine.mkdir()
     made = object_surfels(row)
     (file,) = cache.glob(f"surfels-*/{row}.npz")
+    assert not stale.exists()  # of another version
+    assert mine.exists()
     assert not list(cache.glob("surfels-*/.*"))
     with pytest.raises(ValueError, match="read-only"):
         made.center[0] = 0
     object_surfels.cache_clear()
-    monkeypatch.setattr(surfels_module, "prepare_object", lambda row: pytest.fail("prepared again"))
-    assert np.array_equal(object_surfels(row).center, made.center)
-    monkeypatch.undo()
-    monkeypatch.setenv("GEOSSL_CACHE", str(cache))
+    with monkeypatch.context() as patch:
+        patch.setattr(surfels_module, "prepare_object", lambda row: pytest.fail("prepared again"))
+        assert np.array_equal(object_surfels(row).center, made.center)
     file.write_bytes(file.read_bytes()[:100])
     object_surfels.cache_clear()
     assert np.array_equal(object_surfels(row).center, made.center)
