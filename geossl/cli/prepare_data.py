@@ -18,7 +18,9 @@ from pathlib import Path
 
 from geossl.config import load_config
 from geossl.data import FileOptions, ShardOptions, check_shards, write_shards
+from geossl.data.files import read_json
 from geossl.data.objects import pack_objects
+from geossl.data.room_shards import NAME as ROOMS
 from geossl.data.room_shards import RoomShardOptions, check_rooms, write_rooms
 from geossl.errors import ConfigError, unknown_name
 
@@ -114,7 +116,8 @@ def _rooms(args: list[str]) -> int:
 
 def _check(args: list[str]) -> int:
     source = _given(load_config(CheckCommand, None, args, prog="prepare-data check").source, "source")
-    if next(source.glob("room*-*.tar"), None) or next(source.glob("room_*.npz"), None):
+    index = source / "index.json"
+    if index.is_file() and read_json(index).get("format") == ROOMS:
         print(f"{source}: all {check_rooms(source)} shards have the checksums of the index")
         return 0
     print(f"{source}: all {check_shards(source)} files have the checksums of the index")

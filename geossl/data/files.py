@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -98,6 +100,29 @@ def read_lines(path: Path) -> list[str]:
         return [line.strip() for line in existing(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is not a readable text file ({error})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        DataError: it is missing, damaged or holds something else; the message names it.
+    """
+    try:
+        content = json.loads(existing(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: is damaged or truncated ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_finite(source: str, **arrays: np.ndarray | None) -> None:

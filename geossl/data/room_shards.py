@@ -18,16 +18,17 @@ A set is a folder::
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+import re
+import struct
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,15 +37,19 @@ import torch
 from torch import Tensor
 
 from geossl.config import require, to_dict
-from geossl.data.files import atomic_write, existing
+from geossl.data.files import atomic_write, existing, read_json, sha256
 from geossl.data.objects import load_objects
-from geossl.data.rooms import FORMAT, RoomsConfig, one_thread, room_sample
+from geossl.data.rooms import TEST_ROOM, RoomsConfig, one_thread, room_sample, rooms_version
 from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
-from geossl.data.shards import _read_json, _sha256, _start_worker
 from geossl.data.simulate import Room, SensorOptions, build_room, radiance_grid, room_classes, sample_pair
+from geossl.data.workers import worker_map
 from geossl.errors import DataError
 
 NAME = "geossl-rooms"
+_NAMES = r"(rooms-\d{5,}\.tar|room_\d{8,}\.npz)"  # shards
+_LEFT = re.compile(
+    r"\.(index\.json|contact_sheet\.png|(rooms-\d{5,}|room_\d{8,})\.(tar|npz|json))\.\d+\.tmp"
+)  # half-written by a killed run
 _PAIRS = 3  # what a room's generator is for, after those in rooms.py
 
 
@@ -92,6 +97,8 @@ class RoomShardOptions:
             require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
         for name in ("points", "pairs", "first"):
             require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
+        last = self.first + self.count - 1
+        require(last < TEST_ROOM, "first", f"must leave the last room below {TEST_ROOM}, where the test part begins", self.first)
         require(self.grid == 0 or self.grid >= 8, "grid", "must be 0 or at least 8", self.grid)
         self.rooms_config()
 
@@ -115,56 +122,63 @@ def write_rooms(out: Path, options: RoomShardOptions, progress: Callable[[int, i
         The content of ``index.json``.
 
     Raises:
-        DataError: ``out`` holds something else, or a set made with other settings.
+        DataError: ``out`` holds something else, more rooms than ``options.count``, or a set made with other settings.
     """
     settings = {key: value for key, value in to_dict(options).items() if key not in ("count", "workers")}
-    settings = json.loads(json.dumps({"version": FORMAT, **settings}, default=str))
-    _start(out, settings)
+    settings = json.loads(json.dumps({"version": rooms_version(), **settings}, default=str))
+    _start(out, settings, options.count)
     per_shard = options.rooms_per_shard if options.layout == "webdataset" else 1
     tasks = [
         (out, options, settings, number, range(first, min(first + per_shard, options.count)))
         for number, first in enumerate(range(0, options.count, per_shard))
     ]
     shards, done = [], 0
-    for info in _run(tasks, options.workers):
-        shards.append(info)
-        done += info["rooms"]
-        progress(done, options.count)
-    wanted = {shard["file"] for shard in shards} | {Path(shard["file"]).with_suffix(".json").name for shard in shards}
-    for path in (*out.glob("rooms-*"), *out.glob("room_*")):
-        if path.name not in wanted:
-            path.unlink()  # from an earlier run, when there were more rooms
+    with worker_map(min(options.workers, len(tasks))) as run:
+        for info in run(_write_shard, tasks):
+            shards.append(info)
+            done += info["rooms"]
+            progress(done, options.count)
     index = _write_index(out, settings, complete=True, count=options.count, shards=shards)
     _write_sheet(out, options, shards)
     return index
 
 
-def _run(tasks: list[Any], workers: int) -> Iterator[dict[str, Any]]:
-    if workers == 1 or len(tasks) == 1:
-        yield from map(_write_shard, tasks)
-        return
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
-    try:
-        yield from executor.map(_write_shard, tasks)
-    except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, probably for want of memory; run the command again with fewer workers") from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _start(out: Path, settings: dict[str, Any]) -> None:
-    """Begin a set, or check that the one that was begun has the same settings."""
+def _start(out: Path, settings: dict[str, Any], count: int) -> None:
+    """Begin a set, or check that the one that was begun has the same settings and no more rooms: nothing finished is ever deleted."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; rooms are written to a folder, choose another name")
     index = out / "index.json"
     if index.exists():
-        old = _read_json(index).get("settings", {})
+        found = _read_index(index)
+        old = found["settings"]
         changed = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in settings.items() if old.get(key) != value]
         if changed:
             raise DataError(f"{out}: holds rooms made with other settings ({'; '.join(changed)}); remove it or choose another folder")
+        if found["count"] > count:
+            raise DataError(f"{out}: was begun with {found['count']} rooms, more than count={count}; use another folder for fewer rooms")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty and holds no set of rooms; choose another folder")
-    _write_index(out, settings, complete=False, count=0, shards=[])
-    for left in out.glob(".*.tmp"):
-        left.unlink()
+    _write_index(out, settings, complete=False, count=count, shards=[])
+    for left in out.iterdir():
+        if _LEFT.fullmatch(left.name) and left.is_file():
+            left.unlink()
+
+
+def _read_index(path: Path, complete: bool = False) -> dict[str, Any]:
+    """Read and check an ``index.json``; ``complete`` refuses that of an interrupted run."""
+    index = read_json(existing(path, "index of rooms (made by tools/prepare_data.py rooms)"))
+    if index.get("format") != NAME:
+        raise DataError(f"{path}: expected the index of {NAME}, got {index.get('format')!r}")
+    for name, kind in (("settings", dict), ("classes", list), ("shards", list), ("count", int)):
+        if not isinstance(index.get(name), kind):
+            raise DataError(f"{path}: is damaged: {name} must be a {kind.__name__}, got {index.get(name)!r}")
+    for shard in index["shards"]:
+        good = isinstance(shard, dict) and all(isinstance(shard.get(name), int) for name in ("rooms", "bytes"))
+        if not good or not re.fullmatch(_NAMES, str(shard.get("file"))) or not isinstance(shard.get("sha256"), str):
+            raise DataError(f"{path}: is damaged: a shard must have file, rooms, bytes and sha256, got {shard!r}")
+    if complete and not index.get("complete"):
+        raise DataError(f"{path}: writing the rooms was interrupted; run the same prepare_data command again to finish it")
+    return index
 
 
 def _write_index(out: Path, settings: dict[str, Any], **content: Any) -> dict[str, Any]:
@@ -180,17 +194,17 @@ def _write_shard(task: tuple[Path, RoomShardOptions, dict[str, Any], int, range]
     path = out / (f"rooms-{number:05d}.tar" if tar else f"room_{options.first + rows[0]:08d}.npz")
     note = path.with_suffix(".json")
     if note.exists() and path.exists():
-        info = _read_json(note)
-        if info.get("rooms") == len(rows) and info.get("settings") == settings and path.stat().st_size == info["bytes"]:
+        info = read_json(note)
+        same = info.get("rooms") == len(rows) and info.get("settings") == settings and path.stat().st_size == info.get("bytes")
+        if same and info.get("file") == path.name and isinstance(info.get("sha256"), str):
             return {key: info[key] for key in ("file", "rooms", "bytes", "sha256")}
     with one_thread():
         if tar:
             atomic_write(path, partial(_write_tar, options=options, rows=rows))
         else:
-            members = dict(room_members(options.first + rows[0], options))
-            flat = {name: np.frombuffer(data, dtype=np.uint8) for name, data in members.items()}
-            atomic_write(path, lambda file: np.savez(file, **_npz_arrays(flat, members)))
-    info = {"file": path.name, "rooms": len(rows), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+            arrays = _arrays(dict(room_members(options.first + rows[0], options)))
+            atomic_write(path, lambda file: np.savez(file, **arrays))
+    info = {"file": path.name, "rooms": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}
     atomic_write(note, lambda file: file.write(json.dumps({**info, "settings": settings}).encode()))
     return info
 
@@ -205,7 +219,7 @@ def _write_tar(file: Any, options: RoomShardOptions, rows: range) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def _npz_arrays(flat: dict[str, np.ndarray], members: dict[str, bytes]) -> dict[str, Any]:
+def _arrays(members: dict[str, bytes]) -> dict[str, Any]:
     """Return the members of a room as arrays: images decoded, npz files opened, text kept."""
     from PIL import Image
 
@@ -218,9 +232,10 @@ def _npz_arrays(flat: dict[str, np.ndarray], members: dict[str, bytes]) -> dict[
         elif suffix == "npy":
             arrays[stem] = np.load(io.BytesIO(data), allow_pickle=False)
         elif suffix in ("png", "jpg"):
+            Image.open(io.BytesIO(data)).verify()  # the checksums of a PNG, which decoding leaves out
             arrays[stem] = np.asarray(Image.open(io.BytesIO(data)))
         else:
-            arrays["meta"] = flat[name]
+            arrays["meta"] = np.frombuffer(data, dtype=np.uint8)
     return arrays
 
 
@@ -321,6 +336,13 @@ def _write_sheet(out: Path, options: RoomShardOptions, shards: list[dict[str, An
     atomic_write(out / "contact_sheet.png", lambda file: sheet.save(file, "PNG"))
 
 
+# What decoding damaged bytes raises; Pillow's PNG reader has SyntaxError too.
+_DAMAGE = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, SyntaxError, struct.error,
+    tarfile.TarError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
 @dataclass(kw_only=True)
 class RoomShardsConfig(SceneDataConfig):
     """Rooms written by ``tools/prepare_data.py rooms``."""
@@ -354,14 +376,13 @@ class RoomShardsDataset(SceneDataset):
     """See :class:`RoomShardsConfig`. Tars are read in place, any room without those before it."""
 
     def __init__(self, config: RoomShardsConfig) -> None:
-        path = existing(existing(config.root, "folder") / "index.json", "index of rooms (made by tools/prepare_data.py rooms)")
-        index = _read_json(path)
-        if index.get("format") != NAME:
-            raise DataError(f"{path}: expected the index of {NAME}, got {index.get('format')!r}")
-        if not index.get("complete"):
-            raise DataError(f"{path}: writing the rooms was interrupted; run the same prepare_data command again to finish it")
+        path = existing(config.root, "folder") / "index.json"
+        index = _read_index(path, complete=True)
         settings = index["settings"]
         self.settings = settings
+        for name in ("views", "points", "first"):
+            if not isinstance(settings.get(name), int):
+                raise DataError(f"{path}: is damaged: the setting {name} must be a number, got {settings.get(name)!r}")
         if config.views > settings["views"] or config.points > settings["points"]:
             raise DataError(
                 f"{path}: rooms were written with {settings['views']} views and {settings['points']} points, "
@@ -376,45 +397,68 @@ class RoomShardsDataset(SceneDataset):
         self._offsets: dict[Path, list[dict[str, tuple[int, int]]]] = {}
         super().__init__(config, len(self._places), tuple(index["classes"]))
 
+    @contextmanager
+    def _reading(self, row: int) -> Iterator[None]:
+        """Turn whatever a damaged shard makes its decoders raise into one error that names file and room."""
+        try:
+            yield
+        except DataError:
+            raise
+        except _DAMAGE as error:
+            path, number = self._places[row][0], self.settings["first"] + row
+            raise DataError(
+                f"{path} room {number}: cannot be read, the shard is damaged ({type(error).__name__}: {error}); "
+                "remove it and run the same prepare_data command again"
+            ) from error
+
     def members(self, row: int) -> dict[str, bytes]:
-        """Return everything stored of a room in a tar, by its name."""
+        """Return everything stored of a room in a tar, by its name.
+
+        Raises:
+            DataError: the tar is damaged; the message names it and the room.
+        """
         path, number = self._places[row]
-        if path not in self._offsets:
-            try:
+        with self._reading(row):
+            if path not in self._offsets:
+                rooms: dict[str, dict[str, tuple[int, int]]] = {}
                 with tarfile.open(path) as tar:
-                    rooms: dict[str, dict[str, tuple[int, int]]] = {}
                     for member in tar:
                         key, _, name = member.name.partition(".")
                         rooms.setdefault(key, {})[name] = (member.offset_data, member.size)
-            except (OSError, tarfile.TarError) as error:
-                raise DataError(f"{path}: cannot be read as tar; it is damaged or truncated ({error})") from error
-            self._offsets[path] = list(rooms.values())
-        result = {}
-        with path.open("rb") as file:
-            for name, (offset, size) in self._offsets[path][number].items():
-                file.seek(offset)
-                result[name] = file.read(size)
+                if len(rooms) != sum(place == path for place, _ in self._places):  # a header of zeros ends a tar early
+                    raise ValueError(f"its table of contents has {len(rooms)} rooms")
+                self._offsets[path] = list(rooms.values())
+            result = {}
+            with path.open("rb") as file:
+                for name, (offset, size) in self._offsets[path][number].items():
+                    file.seek(offset)
+                    result[name] = file.read(size)
         return result
 
     def read(self, row: int) -> SceneSample:
-        """Return the room of ``row``."""
+        """Return the room of ``row``.
+
+        Raises:
+            DataError: the shard is damaged; the message names it and the room.
+        """
+        with self._reading(row):
+            return self._sample(row)
+
+    def _sample(self, row: int) -> SceneSample:
         config: Any = self.config
         path, _ = self._places[row]
+        kinds, views = ("rgb", "depth", "instance", "valid"), range(config.views)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-            meta = json.loads(arrays["meta"].tobytes())
         else:
+            wanted = {"json", *(f"{kind}_{view:03d}" for kind in kinds for view in views), *(["points"] if config.points else [])}
             members = self.members(row)
-            meta = json.loads(members["json"])
-            wanted = [f"{kind}_{view:03d}" for view in range(config.views) for kind in ("rgb", "depth", "instance", "valid")]
-            kept = {
-                name: data for name, data in members.items() if name.split(".")[0] in wanted or (name == "points.npz" and config.points)
-            }
-            arrays = _npz_arrays({}, kept)
-        stack = {
-            kind: np.stack([arrays[f"{kind}_{view:03d}"] for view in range(config.views)]) for kind in ("rgb", "depth", "instance", "valid")
-        }
+            arrays = _arrays({name: data for name, data in members.items() if name.partition(".")[0] in wanted})
+        meta = json.loads(arrays["meta"].tobytes())
+        stack = {kind: np.stack([arrays[f"{kind}_{view:03d}"] for view in views]) for kind in kinds}
+        if len({values.shape[:3] for values in stack.values()}) > 1:
+            raise ValueError(f"its images differ in size: { {kind: values.shape for kind, values in stack.items()} }")
         instance = torch.from_numpy(stack["instance"].astype(np.int64))
         has = config.points > 0
         return SceneSample(
@@ -441,11 +485,11 @@ def check_rooms(root: Path) -> int:
     """Compare every shard of a set with its checksum, and return how many there are.
 
     Raises:
-        DataError: a file is missing or differs; the message names it.
+        DataError: a file is missing or differs, or the set is not finished; the message names it.
     """
-    index = _read_json(existing(root / "index.json", "index of rooms"))
+    index = _read_index(existing(root, "folder") / "index.json", complete=True)
     for shard in index["shards"]:
         path = existing(root / shard["file"])
-        if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+        if sha256(path) != shard["sha256"]:
             raise DataError(f"{path}: its checksum is not that of the index; it was damaged or changed: remove it and write it again")
     return len(index["shards"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import OrderedDict
@@ -14,16 +15,27 @@ from typing import Any
 import numpy as np
 import torch
 
+import geossl
 from geossl.config import require, to_dict
+from geossl.data import simulate
 from geossl.data.files import atomic_write, read_npz
 from geossl.data.scene import SCENES, TENSORS, SceneDataConfig, SceneDataset, SceneSample
 from geossl.data.simulate import KINDS, Room, SensorOptions, View, ViewOptions, build_room, fuse_views, room_classes, sample_views, sense
+from geossl.data.simulate.surfels import surfels_version
 from geossl.errors import DataError
 
-_TEST = 1 << 30  # number of the first test room: no training set is that long
+TEST_ROOM = 1 << 30
+"""Number of the first test room: no training set is that long."""
 _VIEWS, _NOISE, _CLOUD = 0, 1, 2  # what a room's generator is for
-FORMAT = 1
-"""Version of what a seed stands for: samples kept on disk under another are made anew."""
+
+
+@functools.cache
+def rooms_version() -> str:
+    """Return what the room of a seed depends on, as a hash: the version, the simulator's sources and the embedded objects."""
+    digest = hashlib.sha256(f"{geossl.__version__} {surfels_version()}".encode())
+    for path in (*sorted(Path(simulate.__file__).parent.glob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +67,7 @@ class RoomsConfig(SceneDataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.width is not None, "width", "must be given: rooms have no size of their own", self.width)
-        require(self.count >= 1 and self.count < _TEST, "count", f"must lie in 1..{_TEST - 1}", self.count)
+        require(self.count >= 1 and self.count < TEST_ROOM, "count", f"must lie in 1..{TEST_ROOM - 1}", self.count)
         require(self.test_count >= 1, "test_count", "must be at least 1", self.test_count)
         require(self.seed >= 0, "seed", "must not be negative", self.seed)
         require(self.kind is None or self.kind in KINDS, "kind", f"must be one of {', '.join(KINDS)}", self.kind)
@@ -83,10 +95,10 @@ class RoomsDataset(SceneDataset):
     def __init__(self, config: RoomsConfig, split: str) -> None:
         if split not in ("train", "test"):
             raise DataError(f"rooms: unknown split {split!r}; choose one of train, test")
-        self._first = _TEST if split == "test" else 0
+        self._first = TEST_ROOM if split == "test" else 0
         self._kept: OrderedDict[int, SceneSample] = OrderedDict()
         made_from = {key: value for key, value in to_dict(config).items() if key not in ("count", "test_count", "keep", "cache", "name")}
-        text = json.dumps({"format": FORMAT, **made_from}, sort_keys=True, default=str)
+        text = json.dumps({"version": rooms_version(), **made_from}, sort_keys=True, default=str)
         self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
         super().__init__(config, config.test_count if split == "test" else config.count, room_classes())
 

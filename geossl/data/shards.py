@@ -17,29 +17,23 @@ same command continues it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
 
 from geossl.config import require
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
-from geossl.data.files import atomic_write, existing
+from geossl.data.files import atomic_write, existing, read_json, sha256
 from geossl.data.folder import SPLITS, FileList, FileOptions, find_files, read_file
 from geossl.data.sample import COLUMN_NAMES, Columns, PointCloud
+from geossl.data.workers import worker_map
 from geossl.errors import DataError
 
 FORMAT, VERSION = "geossl-shards", 1
@@ -90,7 +84,7 @@ def write_shards(
     settings |= {"columns": columns, "clouds_per_shard": options.clouds_per_shard}
     _start(out, settings)
     total, done, skipped, shards = len(found.names), 0, 0, []
-    with _readers(options.workers) as run:
+    with worker_map(options.workers) as run:
         for number, first in enumerate(range(0, total, options.clouds_per_shard)):
             rows = range(first, min(first + options.clouds_per_shard, total))
             stamp = [_stamp(found, row) for row in rows]
@@ -99,7 +93,7 @@ def write_shards(
             if info is None or (info["skipped"] and files.on_bad == "error"):
                 clouds: list[PointCloud | str] = []
                 bad = 0
-                for cloud in run([(found.root, found.names[row], files, columns) for row in rows]):
+                for cloud in run(_read_one, [(found.root, found.names[row], files, columns) for row in rows]):
                     if isinstance(cloud, str) and files.on_bad == "error":
                         raise DataError(
                             f"{cloud}; repair or remove the file, or leave such files out with on_bad=skip, then run this again"
@@ -129,7 +123,7 @@ def check_shards(root: Path) -> int:
     for shard in read_index(root)["shards"]:
         for name, file in shard["files"].items():
             path = existing(root / shard["folder"] / name)
-            if _sha256(path) != file["sha256"]:
+            if sha256(path) != file["sha256"]:
                 raise DataError(
                     f"{path}: its checksum is not that of the index; it was damaged or changed: remove {path.parent} and convert again"
                 )
@@ -144,7 +138,7 @@ def read_index(root: Path) -> dict[str, Any]:
         DataError: there is none, it is damaged, of another version, or the conversion is not finished.
     """
     path = existing(existing(root, "folder") / "index.json", "index of a shard set (made by tools/prepare_data.py folder)")
-    index = _read_json(path)
+    index = read_json(path)
     if index.get("format") != FORMAT or index.get("version") != VERSION:
         raise DataError(f"{path}: expected {FORMAT} version {VERSION}, got {index.get('format')} version {index.get('version')}")
     if not index.get("complete"):
@@ -152,21 +146,11 @@ def read_index(root: Path) -> dict[str, Any]:
     return index
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is damaged or truncated ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a mapping, got {type(content).__name__}")
-    return content
-
-
 def _start(out: Path, settings: dict[str, Any]) -> None:
     """Begin a shard set, or check that the one that was begun has the same settings."""
     index = out / "index.json"
     if index.exists():
-        old = _read_json(index).get("settings", {})
+        old = read_json(index).get("settings", {})
         changed = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in settings.items() if old.get(key) != value]
         if changed:
             raise DataError(f"{out}: holds shards made with other settings ({'; '.join(changed)}); remove it or choose another folder")
@@ -205,7 +189,7 @@ def _finished(folder: Path, stamp: list[Any]) -> dict[str, Any] | None:
     """Return what is known of a shard that is there already and made of the same files, else None."""
     if not (folder / "shard.json").exists():
         return None
-    info = _read_json(folder / "shard.json")
+    info = read_json(folder / "shard.json")
     return info if info.get("sources") == stamp else None
 
 
@@ -216,34 +200,6 @@ def _read_one(task: tuple[Path, str, FileOptions, Columns]) -> PointCloud | str:
         return read_file(root, name, files, center=files.center).only(columns, str(root / name))
     except DataError as error:
         return str(error)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end when that is killed; a worker would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            connection.wait([parent.sentinel])
-            os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _readers(workers: int) -> Iterator[Callable[[list[Any]], Iterator[PointCloud | str]]]:
-    """Give a function that maps :func:`_read_one` over tasks, in order, in this process or in several."""
-    if workers == 1:
-        yield lambda tasks: map(_read_one, tasks)
-        return
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
-    try:
-        yield lambda tasks: executor.map(_read_one, tasks)
-    except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, probably for want of memory; run the command again with fewer workers") from error
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def _write_shard(folder: Path, found: FileList, rows: list[int], clouds: list[PointCloud | str], stamp: list[Any]) -> dict[str, Any]:
@@ -274,7 +230,7 @@ def _write_shard(folder: Path, found: FileList, rows: list[int], clouds: list[Po
             "clouds": len(good),
             "points": int(parts["offsets"][-1]),
             "skipped": [cloud for cloud in clouds if isinstance(cloud, str)],
-            "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())},
+            "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())},
             "sources": stamp,
         }
         atomic_write(temporary / "shard.json", lambda file: file.write(json.dumps(info).encode()))
@@ -288,11 +244,6 @@ def _write_shard(folder: Path, found: FileList, rows: list[int], clouds: list[Po
 
 def _concatenate(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros((0, 3), dtype=dtype)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(kw_only=True)

@@ -51,17 +51,3 @@ def rotation_about_z(yaw: Tensor) -> Tensor:
     """Return the matrices ``[..., 3, 3]`` that turn counter-clockwise about z (seen from above) by ``yaw [...]`` radians."""
     cos, sin, zero, one = yaw.cos(), yaw.sin(), torch.zeros_like(yaw), torch.ones_like(yaw)
     return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
-
-
-def frame_from_normal(normal: Tensor) -> Tensor:
-    """Return right-handed rotations ``[..., 3, 3]`` whose third column is the unit vector ``normal [..., 3]``.
-
-    The first two columns are any two tangents; they change continuously with the normal except at z = 0.
-    """
-    x, y, z = normal.unbind(-1)
-    sign = torch.where(z >= 0, torch.ones_like(z), -torch.ones_like(z))
-    a = -1 / (sign + z)
-    b = x * y * a
-    tangent = torch.stack([1 + sign * x * x * a, sign * b, -sign * x], -1)
-    bitangent = torch.stack([b, sign + y * y * a, -y], -1)
-    return torch.stack([tangent, bitangent, normal], -1)

@@ -35,7 +35,7 @@ from geossl.data.simulate.furnish import make_plan
 from geossl.data.simulate.surfels import Occupancy, object_surfels, prepare_object
 from geossl.data.simulate.views import clearance
 from geossl.errors import ConfigError, DataError, UnknownNameError
-from geossl.geometry import box_corners, pixel_centers, points_in_boxes, project
+from geossl.geometry import box_corners, look_at, pixel_centers, points_in_boxes, project
 
 SMALL = ViewOptions(width=80, height=64)
 
@@ -107,12 +107,25 @@ def test_every_kind_can_be_asked_for(kind: str) -> None:
         ({"kind": "kitchn"}, UnknownNameError, "unknown kind of room 'kitchn'; did you mean 'kitchen'"),
         ({"size": (0.5, 4.0, 2.5)}, RoomError, "1 to 20 m along x and y"),
         ({"max_objects": 3}, RoomError, "max_objects must be at least 4, got 3"),
+        ({"max_objects": float("nan")}, RoomError, "max_objects must be a whole number of at least 4, got nan"),
+        ({"size": (4, 4)}, RoomError, r"size must be three numbers, .* got \(4, 4\)"),
+        ({"size": "abc"}, RoomError, "size must be three numbers, .* got 'abc'"),
+        ({"size": (4.0, 4.0, float("nan"))}, RoomError, "size must be three numbers"),
+        ({"size": (4.0, float("nan"), 2.5)}, RoomError, "size must be three numbers"),
         ({"detail": 0.0}, RoomError, "detail must be positive"),
+        ({"detail": float("inf")}, RoomError, "detail must be positive and at most 8"),
+        ({"detail": "fine"}, RoomError, "detail must be positive and at most 8, got 'fine'"),
+        ({"seed": -1}, RoomError, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": 1.5}, RoomError, "seed must be a whole number of at least 0, got 1.5"),
+        ({"seed": "a"}, RoomError, "seed must be a whole number of at least 0, got 'a'"),
+        ({"seed": None}, RoomError, "seed must be a whole number of at least 0, got None"),
+        ({"number": -1}, RoomError, "number must be a whole number of at least 0, got -1"),
+        ({"number": 0.5}, RoomError, "number must be a whole number of at least 0, got 0.5"),
     ],
 )
 def test_rooms_that_cannot_be_say_why(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        build_room(3, 5, **arguments)
+        build_room(**{"seed": 3, "number": 5, **arguments})
 
 
 def test_a_seed_and_a_number_are_a_room(room: Room) -> None:
@@ -199,6 +212,26 @@ def test_native_and_reference_paint_the_same(room: Room) -> None:
     assert float((a.instance == b.instance).float().mean()) > 0.995
     both = a.valid & b.valid
     assert torch.allclose(a.depth[both], b.depth[both], rtol=2e-3)
+
+
+def test_a_camera_that_looks_away_sees_nothing(room: Room) -> None:
+    eye = torch.tensor([-5.0, -5.0, 1.5])
+    camera = SMALL.cameras(look_at(eye, eye - torch.tensor([1.0, 1.0, 0.0])))
+    seen = room.render(camera)
+    assert seen.rgb.shape == (64, 80, 3)
+    assert not bool(seen.rgb.any())
+    assert not bool(seen.depth.any())
+    assert bool((seen.instance == -1).all())
+    assert not bool(seen.valid.any())
+    assert room.visible_counts(seen).tolist() == [0] * len(room.boxes)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["world_to_cam", "intrinsics"])
+def test_a_singular_camera_is_refused(room: Room, view: View, name: str, value: float) -> None:
+    camera = replace(view.camera, **{name: torch.full_like(getattr(view.camera, name), value)})
+    with pytest.raises(ValueError, match=f"Room.render: {name} must be finite and invertible"):
+        room.render(camera)
 
 
 def test_pictures_need_one_camera_and_a_sensible_size(room: Room) -> None:
@@ -303,6 +336,8 @@ def test_clouds_are_fused_from_what_is_seen(room: Room) -> None:
     assert bool((cloud.coord < torch.tensor(room.plan.size) + 0.2).all())
     with pytest.raises(DataError, match="got no views"):
         fuse_views([], 10, np.random.default_rng(0))
+    with pytest.raises(DataError, match="points must be at least 1, got -1"):
+        fuse_views(views, -1, np.random.default_rng(0))
     blind = replace(views[0], valid=torch.zeros_like(views[0].valid))
     with pytest.raises(DataError, match="none of the 1 views has a pixel with depth"):
         fuse_views([blind], 10, np.random.default_rng(0))
@@ -373,16 +408,22 @@ def test_prepared_objects_are_kept_and_checked(
 ) -> None:
     row = candidates("clock")[0]
     object_surfels.cache_clear()
+    monkeypatch.setenv("GEOSSL_CACHE", str(tmp_path / "fresh"))
+    cache = tmp_path / "fresh"
+    stale, mine = cache / "surfels-0123456789abcdef", cache / "surfels-mine"
+    stale.mkdir(parents=True)
+    mine.mkdir()
     made = object_surfels(row)
     (file,) = cache.glob(f"surfels-*/{row}.npz")
+    assert not stale.exists()  # of another version
+    assert mine.exists()
     assert not list(cache.glob("surfels-*/.*"))
     with pytest.raises(ValueError, match="read-only"):
         made.center[0] = 0
     object_surfels.cache_clear()
-    monkeypatch.setattr(surfels_module, "prepare_object", lambda row: pytest.fail("prepared again"))
-    assert np.array_equal(object_surfels(row).center, made.center)
-    monkeypatch.undo()
-    monkeypatch.setenv("GEOSSL_CACHE", str(cache))
+    with monkeypatch.context() as patch:
+        patch.setattr(surfels_module, "prepare_object", lambda row: pytest.fail("prepared again"))
+        assert np.array_equal(object_surfels(row).center, made.center)
     file.write_bytes(file.read_bytes()[:100])
     object_surfels.cache_clear()
     assert np.array_equal(object_surfels(row).center, made.center)

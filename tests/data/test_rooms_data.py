@@ -69,6 +69,21 @@ def test_samples_are_complete_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list((tmp_path / f"rooms-{other.build('train')._key}").glob("*"))  # other settings, other folder
 
 
+def test_a_kept_sample_is_made_anew_when_the_simulator_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from geossl.data import simulate
+
+    folder = tmp_path / "simulate"
+    folder.mkdir()
+    (folder / "light.py").write_text("a = 1")
+    monkeypatch.setattr(simulate, "__file__", str(folder / "__init__.py"))
+    versions = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        (folder / "light.py").write_text(text)
+        versions.append(rooms_module.rooms_version.__wrapped__())
+    assert versions[0] == versions[2] != versions[1]
+    assert len(rooms_module.rooms_version()) == 16
+
+
 def test_parts_share_no_room() -> None:
     config = RoomsConfig(**TINY, count=2, test_count=2)
     train, test = config.build("train"), config.build("test")
@@ -119,7 +134,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def test_any_number_of_processes_writes_the_same_bytes(written: Path, tmp_path: Path) -> None:
@@ -128,25 +143,62 @@ def test_any_number_of_processes_writes_the_same_bytes(written: Path, tmp_path: 
     assert set(files(written)) == {"index.json", "contact_sheet.png", *(f"rooms-0000{n}.{s}" for n in range(3) for s in ("tar", "json"))}
 
 
-def test_a_set_is_finished_extended_and_shortened(written: Path, tmp_path: Path) -> None:
+def test_a_set_is_finished_and_extended_but_never_shortened(written: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     write_rooms(out, RoomShardOptions(**{**OPTIONS, "count": 2}))
     kept = (out / "rooms-00000.tar").stat().st_ino
     (out / "rooms-00001.json").unlink()  # as if the power had failed in the second
     (out / ".rooms-00001.tar.7.tmp").write_bytes(b"half")
+    mine = {"rooms_notes.txt": b"mine", "rooms-mine.tar": b"mine", "room_mine.npz": b"mine", ".mine.tmp": b"mine"}
+    for name, content in mine.items():
+        (out / name).write_bytes(content)
+    (out / "rooms-backup").mkdir()
     done: list[int] = []
     write_rooms(out, RoomShardOptions(**OPTIONS), lambda rooms, total: done.append(rooms))
     assert done == [1, 2, 3]
     assert (out / "rooms-00000.tar").stat().st_ino == kept
-    assert files(out) == files(written)
-    write_rooms(out, RoomShardOptions(**{**OPTIONS, "count": 1}))
-    assert sorted(path.name for path in out.glob("rooms-*")) == ["rooms-00000.json", "rooms-00000.tar"]
+    assert (out / "rooms-backup").is_dir()
+    assert files(out) == {**files(written), **mine}
+    with pytest.raises(DataError, match=r"was begun with 3 rooms, more than count=1; use another folder"):
+        write_rooms(out, RoomShardOptions(**{**OPTIONS, "count": 1}))
+    assert files(out) == {**files(written), **mine}
     with pytest.raises(DataError, match=r"other settings \(seed: 0 -> 1\)"):
         write_rooms(out, RoomShardOptions(**{**OPTIONS, "seed": 1}))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("")
     with pytest.raises(DataError, match="is not empty and holds no set of rooms"):
         write_rooms(tmp_path / "full", RoomShardOptions(**OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"format": "geossl-shards", "settings": {"points": 5}}, "expected the index of geossl-rooms, got 'geossl-shards'"),
+        ({"format": "geossl-rooms", "settings": []}, r"is damaged: settings must be a dict, got \[\]"),
+        ({"format": "geossl-rooms", "settings": {}, "classes": [], "count": 3}, "is damaged: shards must be a list, got None"),
+        (
+            {"format": "geossl-rooms", "settings": {}, "classes": [], "count": 3, "shards": [{"file": "../x.tar"}]},
+            "a shard must have file, rooms, bytes and sha256",
+        ),
+    ],
+)
+def test_a_foreign_or_damaged_index_is_refused(tmp_path: Path, content: dict, message: str) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"complete": True, **content}))
+    with pytest.raises(DataError, match=message):
+        write_rooms(tmp_path, RoomShardOptions(**OPTIONS))
+    with pytest.raises(DataError, match=message):
+        RoomShardsConfig(root=tmp_path).build()
+    with pytest.raises(DataError, match=message):
+        check_rooms(tmp_path)
+    assert json.loads((tmp_path / "index.json").read_text()) == {"complete": True, **content}
+
+
+def test_rooms_need_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file: is a file; rooms are written to a folder"):
+        write_rooms(tmp_path / "file", RoomShardOptions(**OPTIONS))
+    with pytest.raises(ConfigError, match="first must leave the last room below 1073741824"):
+        RoomShardOptions(**{**OPTIONS, "first": (1 << 30) - 2})
 
 
 def test_what_is_read_is_what_was_made(written: Path) -> None:
@@ -210,10 +262,57 @@ def test_damage_is_noticed(written: Path, tmp_path: Path, capsys: pytest.Capture
     index = json.loads((out / "index.json").read_text())
     (out / "index.json").write_text(json.dumps({**index, "complete": False}))
     with pytest.raises(DataError, match="interrupted; run the same prepare_data command again"):
+        check_rooms(out)
+    with pytest.raises(DataError, match="interrupted; run the same prepare_data command again"):
         RoomShardsConfig(root=out).build()
     (out / "index.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(DataError, match="expected the index of geossl-rooms"):
         RoomShardsConfig(root=out).build()
+
+
+def spoil(path: Path, room: str, member: str, how: str) -> None:
+    """Damage a member of a room without changing the size of the tar."""
+    with tarfile.open(path) as tar:
+        info = tar.getmember(f"{room}.{member}")
+    data = bytearray(path.read_bytes())
+    start, stop = (info.offset, info.offset_data) if how == "header" else (info.offset_data, info.offset_data + info.size)
+    if how == "middle":
+        start = (start + stop) // 2
+    data[start:stop] = bytes(stop - start)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("member", "how"),
+    [
+        ("rgb_000.png", "all"), ("depth_001.png", "middle"), ("json", "all"), ("json", "middle"), ("points.npz", "all"),
+        ("points.npz", "middle"), ("json", "header"), ("rgb_000.png", "header"),
+    ],
+)  # fmt: skip
+def test_a_damaged_shard_of_the_right_size_is_named(two_rooms: Path, tmp_path: Path, member: str, how: str) -> None:
+    import shutil
+
+    shutil.copytree(two_rooms, tmp_path / "set")
+    spoil(tmp_path / "set" / "rooms-00000.tar", "room_00000008", member, how)
+    data = RoomShardsConfig(root=tmp_path / "set", views=2, points=64).build()
+    with pytest.raises(DataError, match=r"rooms-00000\.tar room 8: cannot be read, the shard is damaged") as caught:
+        data[1]
+    assert "remove it and run the same prepare_data command again" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def two_rooms(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    out = tmp_path_factory.mktemp("rooms") / "two"
+    write_rooms(out, RoomShardOptions(**TINY, count=2, first=7))
+    return out
+
+
+def test_a_damaged_npz_is_named(tmp_path: Path) -> None:
+    write_rooms(tmp_path / "npz", RoomShardOptions(**TINY, count=1, layout="npz"))
+    path = tmp_path / "npz" / "room_00000000.npz"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match=r"room_00000000\.npz room 0: cannot be read"):
+        RoomShardsConfig(root=tmp_path / "npz", views=1, points=8).build()[0]
 
 
 def test_the_command_builds_rooms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from geossl.geometry import frame_from_normal, matrix_to_quaternion, quaternion_to_matrix, rotation_about_z
+from geossl.geometry import matrix_to_quaternion, quaternion_to_matrix, rotation_about_z
 
 
 def random_quaternions(count: int) -> torch.Tensor:
@@ -46,12 +46,6 @@ def test_rotation_about_z_is_counter_clockwise() -> None:
     assert torch.allclose(turned, torch.tensor([0.0, 1.0, 0.0]), atol=1e-6)
 
 
-def test_frames_are_rotations_with_the_normal_last() -> None:
-    normal = torch.cat([random_quaternions(100)[:, 1:], torch.eye(3).double(), -torch.eye(3).double()])
-    normal = normal / normal.norm(dim=-1, keepdim=True)
-    frame = frame_from_normal(normal)
-    assert torch.equal(frame[..., 2], normal)
-    assert torch.allclose(frame.mT @ frame, torch.eye(3).double().expand(len(normal), 3, 3), atol=1e-12)
-    assert torch.allclose(torch.linalg.det(frame), torch.ones(len(normal)).double())
+def test_a_matrix_must_be_square() -> None:
     with pytest.raises(ValueError, match=r"\[\.\.\., 3, 3\], got \[2, 3\]"):
         matrix_to_quaternion(torch.zeros(2, 3))

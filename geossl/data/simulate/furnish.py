@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from geossl.data.simulate.catalogue import object_size
-from geossl.data.simulate.placement import TRIES, Builder, local_place
+from geossl.data.simulate.placement import TRIES, Builder, local_place, narrower
 from geossl.data.simulate.room_plan import Item, Opening, Plan, RoomError, Wall
 from geossl.errors import unknown_name
 
@@ -116,10 +117,6 @@ def _study(b: Builder) -> None:
         b.free("floor lamp", near_wall=True)
 
 
-def _narrower(width: float) -> Callable[[int], bool]:
-    return lambda row: object_size(row)[0] < width
-
-
 def _lower(height: float) -> Callable[[int], bool]:
     return lambda row: object_size(row)[2] < height
 
@@ -135,7 +132,7 @@ def _kitchen(b: Builder) -> None:
     if b.chance(0.5):
         run.append(run.pop(0))
     for role in run:
-        row = b.pick(role, _narrower(wall.length - s - 0.02))
+        row = b.pick(role, narrower(wall.length - s - 0.02))
         if row is None:
             continue
         width, depth, height = object_size(row)
@@ -148,7 +145,7 @@ def _kitchen(b: Builder) -> None:
         placed.append(item)
         middle, s = s + width / 2, s + width + 0.005
         if height < 1.0 and role in ("lower cabinet", "stove", "kitchen machine"):
-            above = b.pick("hood" if role == "stove" else "upper cabinet", _narrower(width + 0.45))
+            above = b.pick("hood" if role == "stove" else "upper cabinet", narrower(width + 0.45))
             if above is not None and b.chance(0.85):
                 ax, ay = wall.point(middle, 0.01 + object_size(above)[1] / 2)
                 hung = Item(above, "upper cabinet", ax, ay, 1.6 if role == "stove" else 1.42, wall.facing, wall_number)
@@ -270,10 +267,10 @@ def make_plan(
         kind = names[int(rng.choice(len(names), p=weights / weights.sum()))]
     if kind not in KINDS:
         raise unknown_name("kind of room", kind, KINDS)
-    if max_objects < 4:
-        raise RoomError(f"room: max_objects must be at least 4, got {max_objects}")
-    if size is not None and not (min(size[:2]) >= 1.0 and 2.0 <= size[2] <= 6.0 and max(size[:2]) <= 20.0):
-        raise RoomError(f"room: size must be 1 to 20 m along x and y and 2 to 6 m along z, got {size}")
+    if isinstance(max_objects, bool) or not isinstance(max_objects, Integral) or max_objects < 4:
+        raise RoomError(f"room: max_objects must be a whole number of at least 4, got {max_objects!r}")
+    if size is not None:
+        size = _checked_size(size)
     failure: RoomError | None = None
     for _ in range(12):
         plan = _shape(rng, kind, size)
@@ -289,6 +286,14 @@ def make_plan(
             return plan
         failure = RoomError(f"room: only {len(plan.items)} objects found a place in a {kind} of {plan.size}; give it a larger size")
     raise failure or RoomError(f"room: no {kind} could be furnished")
+
+
+def _checked_size(size: Any) -> tuple[float, float, float]:
+    good = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 3 and all(isinstance(side, Real) for side in size)
+    if not good or not (all(1 <= side <= 20 for side in size[:2]) and 2 <= size[2] <= 6):
+        raise RoomError(f"room: size must be three numbers, 1 to 20 m along x and y and 2 to 6 m along z, got {size!r}")
+    x, y, z = map(float, size)
+    return x, y, z
 
 
 def _shape(rng: np.random.Generator, kind: str, size: tuple[float, float, float] | None) -> Plan:

@@ -16,7 +16,8 @@ GAP = 0.04
 TRIES = 30
 
 
-def _narrower(width: float) -> Callable[[int], bool]:
+def narrower(width: float) -> Callable[[int], bool]:
+    """Return whether an object is less wide than ``width``."""
     return lambda row: object_size(row)[0] < width
 
 
@@ -85,7 +86,7 @@ class Builder:
         for wall_number in self.wall_order() if walls is None else walls:
             wall = self.walls[wall_number]
             for attempt in range(8):
-                row = given if given is not None else self.pick(role, _narrower(wall.length - 0.1))
+                row = given if given is not None else self.pick(role, narrower(wall.length - 0.1))
                 if row is None:
                     break
                 width, depth, _ = object_size(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -113,12 +114,28 @@ class Room:
         Args:
             camera: One camera, ``world_to_cam [4, 4]``.
             backend: See :func:`geossl.ops.rasterize_gaussians`.
+
+        Returns:
+            The picture; where nothing is in view it is black, with depth 0 and instance -1.
+
+        Raises:
+            ValueError: there are several cameras, or pose or intrinsics are not finite or cannot be inverted.
         """
         if camera.world_to_cam.dim() != 2:
             raise ValueError(f"Room.render: takes one camera, got world_to_cam {list(camera.world_to_cam.shape)}; select one, cameras[i]")
         width, height, k = camera.width, camera.height, camera.intrinsics.float()
         pose = camera.world_to_cam.float()
+        for name, matrix in (("world_to_cam", pose), ("intrinsics", k)):
+            if (
+                not bool(matrix.isfinite().all())
+                or abs(float(torch.linalg.det(matrix))) < 1e-6
+                or (matrix is k and not float(k.diagonal().amin()) > 0)
+            ):
+                raise ValueError(f"Room.render: {name} must be finite and invertible, with positive focal lengths, got {matrix.tolist()}")
         rows, plane, center, reach = self._seen(pose, k, width, height)
+        if not len(rows):
+            dark = torch.zeros(height, width)
+            return View(camera, torch.zeros(height, width, 3), dark, torch.full((height, width), -1), dark > 0)
         features = torch.cat([self.colors.index_select(0, rows), plane], 1)
         image, alpha, meta = ops.rasterize_gaussians(
             self.means.index_select(0, rows), self.quats.index_select(0, rows), self.scales.index_select(0, rows),
@@ -184,13 +201,17 @@ def build_room(
         kind: One of :data:`~geossl.data.simulate.KINDS`; None draws one.
         size: Extent along x, y and z in metres; None draws one that suits the kind.
         max_objects: No more objects than this, at least 4.
-        detail: 2 halves the spacing of the surfels of floor, walls and what hangs on them, 0.5 doubles it.
+        detail: 2 halves the spacing of the surfels of floor, walls and what hangs on them, 0.5 doubles it; at most 8.
 
     Raises:
-        RoomError: the furniture of this kind finds no place in ``size``; the message says what did not fit.
+        RoomError: an argument is out of range, or the furniture of this kind finds no place in ``size``; the message says what.
     """
-    if not detail > 0:
-        raise RoomError(f"room: detail must be positive, got {detail}")
+    for name, value in (("seed", seed), ("number", number)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise RoomError(f"room: {name} must be a whole number of at least 0, got {value!r}")
+    if not (isinstance(detail, Real) and 0 < detail <= 8):
+        raise RoomError(f"room: detail must be positive and at most 8, got {detail!r}")
+    seed, number = int(seed), int(number)
     streams = np.random.SeedSequence(seed, spawn_key=(number,)).spawn(3)
     plan_rng, shell_rng, light_rng = (np.random.default_rng(stream) for stream in streams)
     try:

@@ -93,8 +93,10 @@ def fuse_views(views: Sequence[View], points: int, rng: np.random.Generator) -> 
         ``[points]`` int64, 0 for the room itself.
 
     Raises:
-        DataError: no view has a pixel with depth.
+        DataError: no view has a pixel with depth, or ``points`` is less than 1.
     """
+    if points < 1:
+        raise DataError(f"fuse_views: points must be at least 1, got {points}")
     if not views:
         raise DataError("fuse_views: got no views; a cloud needs at least one")
     coord = torch.cat([view.points()[view.valid] for view in views])

@@ -7,6 +7,8 @@ import hashlib
 import inspect
 import logging
 import os
+import re
+import shutil
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -366,8 +368,8 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def _version() -> str:
-    """What the prepared objects depend on: this file and the embedded data."""
+def surfels_version() -> str:
+    """Return what the prepared objects depend on: this file and the embedded data, as a hash."""
     library = load_objects()
     digest = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode())
     for array in (library.xyz, library.normal, library.rgb, library.scale_m):
@@ -378,12 +380,16 @@ def _version() -> str:
 @functools.lru_cache(maxsize=512)
 def object_surfels(row: int) -> Surfels:
     """Return :func:`prepare_object` of ``row``, from memory or disk where it was prepared before. The arrays cannot be written into."""
-    path = cache_folder() / f"surfels-{_version()}" / f"{row}.npz"
+    path = cache_folder() / f"surfels-{surfels_version()}" / f"{row}.npz"
     names = [f.name for f in fields(Surfels)]
     try:
         surfels = Surfels(**read_npz(path, names))
     except DataError:  # not there yet, or damaged
         surfels = prepare_object(row)
+        if not path.parent.exists():  # the first of this version
+            for stale in cache_folder().glob("surfels-*"):
+                if re.fullmatch(r"surfels-[0-9a-f]{16}", stale.name):
+                    shutil.rmtree(stale, ignore_errors=True)
         try:
             atomic_write(path, lambda file: np.savez(file, **{name: getattr(surfels, name) for name in names}))
         except DataError as error:
