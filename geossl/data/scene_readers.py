@@ -42,6 +42,17 @@ def read_matrix(path: Path, rows: int, columns: int) -> np.ndarray:
     return values
 
 
+def checked_intrinsics(k: np.ndarray, source: str) -> np.ndarray:
+    """Return ``k [3, 3]``.
+
+    Raises:
+        DataError: it is not finite, or a focal length is not positive.
+    """
+    if not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0:
+        raise DataError(f"{source}: intrinsics must be finite with positive focal lengths, got {k.tolist()}")
+    return k
+
+
 def rigid(pose: np.ndarray, source: str) -> Tensor:
     """Return a pose ``[4, 4]`` float32 with its rotation made exact.
 
@@ -111,6 +122,7 @@ class RGBDFolderDataset(SceneDataset):
             poses = sorted(root.glob("frame-*.pose.txt"))
             found = next((f / "camera-intrinsics.txt" for f in (root, root.parent) if (f / "camera-intrinsics.txt").exists()), None)
             self._intrinsics = np.array(_SEVEN_SCENES_K) if found is None else read_matrix(found, 3, 3)
+        checked_intrinsics(self._intrinsics, f"{root} (camera)")
         if not poses:
             raise DataError(f"{root}: holds neither frame-*.pose.txt (7-Scenes) nor pose/*.txt (ScanNet); is this the right folder?")
         align = _axis_alignment(root) if self.layout == "scannet" else np.eye(4)
@@ -324,7 +336,7 @@ class TransformsDataset(SceneDataset):
         self.skipped: list[str] = []
         self._entries: list[dict[str, Any]] = []
         for number, entry in enumerate(self._table["frames"]):
-            if not isinstance(entry, dict) or "file_path" not in entry or np.shape(entry.get("transform_matrix", 0)) != (4, 4):
+            if not isinstance(entry, dict) or "file_path" not in entry or not _is_matrix(entry.get("transform_matrix")):
                 raise DataError(f"{path}: frame {number} needs a file_path and a 4 x 4 transform_matrix")
             image = _image_file(path.parent, str(entry["file_path"]))
             if image is None:
@@ -362,6 +374,14 @@ class TransformsDataset(SceneDataset):
         return SceneSample(torch.stack(images), torch.stack(intrinsics), torch.stack(poses), index=row, source=str(self._path))
 
 
+def _is_matrix(value: Any) -> bool:
+    """Whether JSON holds 4 x 4 numbers."""
+    try:
+        return np.array(value, dtype=np.float64).shape == (4, 4)
+    except (TypeError, ValueError):
+        return False
+
+
 def _image_file(folder: Path, name: str) -> Path | None:
     """Return the file of an image; names may lack their suffix."""
     for candidate in (name, f"{name}.png", f"{name}.jpg", f"{name}.jpeg"):
@@ -372,13 +392,23 @@ def _image_file(folder: Path, name: str) -> Path | None:
 
 def _transforms_intrinsics(table: dict[str, Any], stored: tuple[int, int], source: str) -> Tensor:
     """Return ``[3, 3]`` for an image of ``stored`` width and height."""
-    width, height = float(table.get("w", stored[0])), float(table.get("h", stored[1]))
-    if "fl_x" in table:
-        fx = float(table["fl_x"])
-    elif "camera_angle_x" in table:
-        fx = 0.5 * width / math.tan(float(table["camera_angle_x"]) / 2)
-    else:
-        raise DataError(f"{source}: gives neither fl_x nor camera_angle_x: the focal length is not known")
-    fy = float(table.get("fl_y", fx))
-    k = torch.tensor([[fx, 0.0, float(table.get("cx", width / 2))], [0.0, fy, float(table.get("cy", height / 2))], [0.0, 0.0, 1.0]])
-    return fitted_intrinsics(k, (int(width), int(height)), stored)
+    try:
+        width, height = float(table.get("w", stored[0])), float(table.get("h", stored[1]))
+        if not (1 <= width < math.inf and 1 <= height < math.inf):
+            raise DataError(f"{source}: w and h must be at least 1, got {width} and {height}")
+        if "fl_x" in table:
+            fx = float(table["fl_x"])
+        elif "camera_angle_x" in table:
+            angle = float(table["camera_angle_x"])
+            if not 0 < angle < math.pi:
+                raise DataError(f"{source}: camera_angle_x must lie between 0 and pi, got {angle}")
+            fx = 0.5 * width / math.tan(angle / 2)
+        else:
+            raise DataError(f"{source}: gives neither fl_x nor camera_angle_x: the focal length is not known")
+        fy, cx, cy = float(table.get("fl_y", fx)), float(table.get("cx", width / 2)), float(table.get("cy", height / 2))
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source}: w, h, fl_x, fl_y, cx, cy and camera_angle_x must be numbers ({error})") from error
+    k = checked_intrinsics(np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]]), source)
+    return fitted_intrinsics(torch.from_numpy(k).float(), (int(width), int(height)), stored)

@@ -106,7 +106,7 @@ def test_every_kind_can_be_asked_for(kind: str) -> None:
         ({"kind": "bedroom", "size": (1.5, 1.3, 2.5)}, RoomError, r"no place for a (single )?bed \(the smallest takes .*seed 3, room 5"),
         ({"kind": "kitchn"}, UnknownNameError, "unknown kind of room 'kitchn'; did you mean 'kitchen'"),
         ({"size": (0.5, 4.0, 2.5)}, RoomError, "1 to 20 m along x and y"),
-        ({"max_objects": 3}, RoomError, "max_objects must be at least 4, got 3"),
+        ({"max_objects": 3}, RoomError, "max_objects must be a whole number of at least 4, got 3"),
         ({"max_objects": float("nan")}, RoomError, "max_objects must be a whole number of at least 4, got nan"),
         ({"size": (4, 4)}, RoomError, r"size must be three numbers, .* got \(4, 4\)"),
         ({"size": "abc"}, RoomError, "size must be three numbers, .* got 'abc'"),

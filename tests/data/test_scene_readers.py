@@ -166,6 +166,7 @@ def corrupt(path: Path, content: str) -> Callable[[Path], None]:
         (corrupt(Path("frame-000000.color.png"), "no"), r"frame-000000\.color\.png: cannot be read as an image"),
         (corrupt(Path("frame-000000.pose.txt"), "1 2 3\n"), r"frame-000000\.pose\.txt: expected at least 4 x 4 numbers"),
         (corrupt(Path("frame-000000.pose.txt"), "2 0 0 0\n0 2 0 0\n0 0 2 0\n0 0 0 1\n"), "is not a rotation and a translation"),
+        (corrupt(Path("../camera-intrinsics.txt"), "0 0 8\n0 20 6\n0 0 1\n"), "intrinsics must be finite with positive focal lengths"),
         (corrupt(Path("frame-000000.pose.txt"), "a b c d\n" * 4), "is not a matrix of numbers"),
         (
             lambda root: Image.new("RGB", (4, 4)).save(root / "frame-000000.depth.png"),
@@ -210,6 +211,12 @@ def test_wrong_folders_and_settings(seven_scenes: Path, votenet: Path, posed: Pa
         ({"frames": None}, "has no list 'frames'"),
         ({"frames": [{"file_path": "images/0"}]}, r"frame 0 needs a file_path and a 4 x 4 transform_matrix"),
         ({"frames": []}, "lists 0 images that exist, a sample needs 1"),
+        ({"frames": [{"file_path": "images/0", "transform_matrix": [[1, 2], [3]]}]}, "frame 0 needs a file_path and a 4 x 4"),
+        ({"fl_x": "wide"}, "must be numbers"),
+        ({"fl_x": 20, "cx": [1]}, "must be numbers"),
+        ({"w": 0}, "w and h must be at least 1"),
+        ({"camera_angle_x": 0}, "camera_angle_x must lie between 0 and pi"),
+        ({"fl_x": -5}, "intrinsics must be finite with positive focal lengths"),
         ({"camera_angle_x": ...}, "neither fl_x nor camera_angle_x"),
     ],
 )
