@@ -190,7 +190,7 @@ def test_depth_of_bare_walls_is_exact() -> None:
     seen = walls.render(pose)
     error = (seen.depth - shell_depth(seen, bare.plan.size)).abs()[seen.valid]
     assert float(seen.valid.float().mean()) > 0.85  # windows are holes here
-    assert float(error.median()) < 2e-4
+    assert float(error.quantile(0.95)) < 1e-5
     assert float(error.quantile(0.99)) < 0.02
 
 
@@ -264,13 +264,13 @@ def test_flow_warps_one_view_to_the_other(pair) -> None:
         place = pixel_centers(96, 128) + flow
         error = (warp(second.rgb, place) - first.rgb).abs().mean(-1)[seen]
         unwarped = (second.rgb - first.rgb).abs().mean(-1)[seen]
-        assert float(error.mean()) < 0.02
+        assert float(error.mean()) < 0.01
         assert float(error.mean()) < 0.2 * float(unwarped.mean())
         pixels, depth = project(first.points().flatten(0, 1), second.camera.world_to_cam, second.camera.intrinsics)
         assert torch.allclose(pixels.view(96, 128, 2)[seen], place[seen], atol=1e-3)
         found = warp(second.depth[..., None], place)[..., 0][seen]
         off = (found - depth.view(96, 128)[seen]).abs()
-        assert float(off.median()) < 0.003
+        assert float(off.median()) < 0.0005
         assert float((off > 0.05).float().mean()) < 0.03
     relative = pair.first_to_second @ pair.first.camera.world_to_cam
     assert torch.allclose(relative, pair.second.camera.world_to_cam, atol=1e-5)

@@ -1,4 +1,7 @@
-"""The Gaussian rasterizer on scenes of growing size: all of the image and all gradients, beside plain torch that does the same by tiles."""
+"""The Gaussian rasterizer on scenes of growing size: all of the image and all gradients, beside plain torch that does the same by tiles.
+
+And its first user: building a furnished room, and a picture of it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from geossl import ops
 from geossl.cli.benchmark.measure import Case, nbytes
 from geossl.cli.benchmark.ops import values_differ
+from geossl.data.simulate import ViewOptions, build_room, sample_view
 
 TARGETS = {(5_000, 128): (3e-3, 8e-3), (20_000, 128): (12e-3, 35e-3), (100_000, 512): (100e-3, 250e-3)}
 """CPU seconds, forward and forward with backward, by Gaussians and edge of the image."""
@@ -28,7 +32,42 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
         for backward, target in zip((False, True), targets, strict=True):
             name = f"rasterize_gaussians/{count} at {edge}x{edge}{', backward' * backward}"
             found[name] = functools.partial(_case, count, edge, backward, target)
+    edge = 32 if quick else 224
+    found["room/build"] = functools.partial(_build, 0.2 if quick else 1.0, 1.5)
+    found[f"room/{edge}x{edge} colour, depth, instances"] = functools.partial(_picture, 0.2 if quick else 1.0, edge, 35e-3)
     return found
+
+
+ROOM = 0
+"""Number of the room of seed 0 that is measured; it has 83,000 surfels."""
+
+
+def _build(detail: float, target: float) -> Case:
+    room = build_room(0, ROOM, detail=detail)  # its objects are prepared once and kept
+    surfels = nbytes(room.means, room.quats, room.scales, room.colors)
+    return Case(
+        inputs=f"a room of {len(room.boxes)} objects and {len(room):,} surfels; objects are prepared",
+        run=lambda: build_room(0, ROOM, detail=detail),
+        moved=surfels,
+        moved_is="surfels written once",
+        flop=0,
+        flop_is="not counted",
+        target=target,
+    )
+
+
+def _picture(detail: float, edge: int, target: float) -> Case:
+    room = build_room(0, ROOM, detail=detail)
+    camera = sample_view(room, room.rng(0), ViewOptions(width=edge, height=edge)).camera
+    return Case(
+        inputs=f"{len(room):,} surfels, {edge} x {edge} pixels",
+        run=lambda: room.render(camera),
+        moved=nbytes(room.means, room.quats, room.scales, room.colors) + 4 * 6 * edge * edge,
+        moved_is="surfels read and images written once",
+        flop=0,
+        flop_is="not counted",
+        target=target,
+    )
 
 
 def scene(count: int, edge: int) -> tuple[list[Tensor], Tensor, Tensor]:
