@@ -20,7 +20,7 @@ struct Rows {
   __device__ int64_t end(int64_t s) const { return clamp(starts[s + 1]); }
   __device__ int64_t row(int64_t i) const {
     const int64_t found = order ? order[i] : i;
-    return found < 0 ? 0 : found < rows ? found : rows - 1;
+    return static_cast<uint64_t>(found) < static_cast<uint64_t>(rows) ? found : 0;
   }
 
  private:
@@ -95,7 +95,9 @@ __global__ void __launch_bounds__(kThreads) logsumexp_kernel(Rows<T> r, T* out) 
     T shift = T(0), total = T(0);
     best_row<true>(r, s, c, shift);
     if (shift == infinity<T>() || shift == -infinity<T>()) shift = T(0);
-    for (int64_t e = r.begin(s); e < r.end(s); ++e) total += exponential(r.x[r.row(e) * r.channels + c] - shift);
+    const int64_t end = r.end(s);
+#pragma unroll 1  // unrolled, it spills on sm_90
+    for (int64_t e = r.begin(s); e < end; ++e) total += exponential(r.x[r.row(e) * r.channels + c] - shift);
     out[i] = shift + logarithm(total);
   });
 }
