@@ -35,7 +35,7 @@ SLOW_SECONDS = 2.0  # slower calls are sampled SLOW_REPEATS times at most, unles
 SLOW_REPEATS = 3
 LOST, LOST_SECONDS = 20, 0.1  # a peer so many times slower than ours, and slower than that, is timed once
 SETTLE_SECONDS = 0.5
-FEW_FAULTS = 64  # pages, in one round of all calls
+FEW_FAULTS, QUIET_ROUNDS = 64, 4  # pages in one round of all calls, and how many such rounds
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -201,16 +201,18 @@ def keep_memory() -> None:
 
 
 def settle(runs: Sequence[Callable[[], Any]]) -> None:
-    """Call all of ``runs`` in turn until they ask the system for no new pages: at least once, for half a second at most.
+    """Call all of ``runs`` in turn until they ask the system for no new pages, several rounds in a row: for half a second at most.
 
-    Memory was released to measure it, and aligned blocks take several calls to merge into ones that can be used again.
+    One quiet round can be luck, a block left over from before. Memory was released to measure it, and aligned blocks take several calls to
+    merge into ones that can be used again.
     """
-    end = time.process_time() + SETTLE_SECONDS
-    while True:
+    end, quiet = time.process_time() + SETTLE_SECONDS, 0
+    while quiet < QUIET_ROUNDS:
         before = page_faults()
         for run in runs:
             run()
-        if page_faults() - before < FEW_FAULTS or time.process_time() > end:
+        quiet = quiet + 1 if page_faults() - before < FEW_FAULTS else 0
+        if time.process_time() > end:
             return
 
 
