@@ -288,6 +288,7 @@ GEOSSL_API int geossl_fps_cpu(int threads, int is_double, const void* points, co
     using T = decltype(zero);
     int64_t work = 1;
     for (int64_t b = 0; b < batch; ++b) work += clouds.size(b) * (out_offsets ? out_offsets[b + 1] - out_offsets[b] : k);
+    const int inside = static_cast<int>(std::max<int64_t>(1, threads / std::max<int64_t>(batch, 1)));  // of those for each cloud
     // A thread is worth starting for about a million distances.
     parallel_for(threads, batch, std::max<int64_t>(1, (int64_t{1} << 20) * batch / work), [&](int64_t b0, int64_t b1) {
       Memory<T> memory;
@@ -295,7 +296,7 @@ GEOSSL_API int geossl_fps_cpu(int threads, int is_double, const void* points, co
         const int64_t row = clouds.begin(b);
         const Options options{mask ? mask + row : nullptr, starts ? starts[b] : start, min_sq_norm};
         const int64_t count = out_offsets ? out_offsets[b + 1] - out_offsets[b] : k;
-        sample_cloud(static_cast<const T*>(points) + 3 * row, clouds.size(b), count, options, clouds.index_base(b), batch < threads ? threads : 1, memory,
+        sample_cloud(static_cast<const T*>(points) + 3 * row, clouds.size(b), count, options, clouds.index_base(b), inside, memory,
                      out + (out_offsets ? out_offsets[b] : b * k));
       }
     });

@@ -131,12 +131,12 @@ def growth_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def speed_ups(groups: Sequence[Group], time: str = "wall_s") -> dict[str, dict[int, float]]:
     """Return a time with one thread over that with more, summed over the kinds of cloud: name -> threads -> times."""
-    wall = {(group.name, group.threads): sum(getattr(row, time) or 0.0 for row in group.rows) for group in groups}
+    total = {(group.name, group.threads): sum(getattr(row, time) or 0.0 for row in group.rows) for group in groups}
     kinds = {(group.name, group.threads): {row.cloud for row in group.rows} for group in groups}
     found: dict[str, dict[int, float]] = {}
-    for (name, threads), value in wall.items():
+    for (name, threads), value in total.items():
         if threads > 1 and value > 0 and kinds.get((name, 1)) == kinds[name, threads]:
-            found.setdefault(name, {})[threads] = wall[name, 1] / value
+            found.setdefault(name, {})[threads] = total[name, 1] / value
     return found
 
 
