@@ -176,20 +176,16 @@ struct Projection {
       j[i] = fx * (cam.r[i] - cx * cam.r[6 + i]);
       j[3 + i] = fy * (cam.r[3 + i] - cy * cam.r[6 + i]);
     }
+    T a[6];  // j times the shape
+    for (int row = 0; row < 2; ++row)
+      for (int i = 0; i < 3; ++i)
+        a[3 * row + i] = j[3 * row] * shape.m[i] + j[3 * row + 1] * shape.m[3 + i] + j[3 * row + 2] * shape.m[6 + i];
     if (shape.is_covariance) {
-      T s[6];
-      for (int row = 0; row < 2; ++row)
-        for (int i = 0; i < 3; ++i)
-          s[3 * row + i] = j[3 * row] * shape.m[i] + j[3 * row + 1] * shape.m[3 + i] + j[3 * row + 2] * shape.m[6 + i];
-      xx = s[0] * j[0] + s[1] * j[1] + s[2] * j[2];
-      xy = s[0] * j[3] + s[1] * j[4] + s[2] * j[5];
-      yy = s[3] * j[3] + s[4] * j[4] + s[5] * j[5];
+      xx = a[0] * j[0] + a[1] * j[1] + a[2] * j[2];
+      xy = a[0] * j[3] + a[1] * j[4] + a[2] * j[5];
+      yy = a[3] * j[3] + a[4] * j[4] + a[5] * j[5];
       det = xx * yy - xy * xy;
     } else {
-      T a[6];
-      for (int row = 0; row < 2; ++row)
-        for (int i = 0; i < 3; ++i)
-          a[3 * row + i] = j[3 * row] * shape.m[i] + j[3 * row + 1] * shape.m[3 + i] + j[3 * row + 2] * shape.m[6 + i];
       xx = a[0] * a[0] + a[1] * a[1] + a[2] * a[2];
       xy = a[0] * a[3] + a[1] * a[4] + a[2] * a[5];
       yy = a[3] * a[3] + a[4] * a[4] + a[5] * a[5];

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+
+from geossl.data.simulate.surfels import object_surfels
+
+
+@pytest.fixture(scope="module")
+def surfel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of its own for prepared objects, empty at first."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GEOSSL_CACHE", str(folder))
+        object_surfels.cache_clear()
+        yield folder
+        object_surfels.cache_clear()
 
 
 @pytest.fixture

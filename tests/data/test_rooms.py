@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,18 +39,11 @@ from geossl.geometry import box_corners, look_at, pixel_centers, points_in_boxes
 SMALL = ViewOptions(width=80, height=64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("GEOSSL_CACHE", str(folder))
-        object_surfels.cache_clear()
-        yield folder
-        object_surfels.cache_clear()
+pytestmark = pytest.mark.usefixtures("surfel_cache")
 
 
 @pytest.fixture(scope="module")
-def room(cache: Path) -> Room:
+def room(surfel_cache: Path) -> Room:
     return build_room(0, 22, max_objects=8)
 
 
@@ -404,7 +396,7 @@ def test_surfels_end_at_the_edges_of_an_object() -> None:
 
 
 def test_prepared_objects_are_kept_and_checked(
-    cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    surfel_cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     row = candidates("clock")[0]
     object_surfels.cache_clear()

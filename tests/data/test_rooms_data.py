@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +20,13 @@ from geossl.cli import run
 from geossl.data import RoomsConfig, RoomShardOptions, RoomShardsConfig, check_rooms, write_rooms
 from geossl.data import rooms as rooms_module
 from geossl.data.scene import SCENES, TENSORS, SceneSample
-from geossl.data.simulate import object_surfels
 from geossl.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 TINY = {"width": 32, "height": 24, "views": 2, "points": 64, "kind": "bathroom"}  # the quickest rooms
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("GEOSSL_CACHE", str(folder))
-        object_surfels.cache_clear()
-        yield folder
-        object_surfels.cache_clear()
+pytestmark = pytest.mark.usefixtures("surfel_cache")
 
 
 def same(a: SceneSample, b: SceneSample) -> bool:
@@ -127,7 +118,7 @@ OPTIONS = {**TINY, "count": 3, "rooms_per_shard": 1, "pairs": 1, "grid": 16}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory, surfel_cache: Path) -> Path:
     out = tmp_path_factory.mktemp("rooms") / "one"
     write_rooms(out, RoomShardOptions(**OPTIONS))
     return out
@@ -301,7 +292,7 @@ def test_a_damaged_shard_of_the_right_size_is_named(two_rooms: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def two_rooms(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def two_rooms(tmp_path_factory: pytest.TempPathFactory, surfel_cache: Path) -> Path:
     out = tmp_path_factory.mktemp("rooms") / "two"
     write_rooms(out, RoomShardOptions(**TINY, count=2, first=7))
     return out
