@@ -108,7 +108,7 @@ class Grouping {
   using Digits = std::array<int64_t, kDigits>;  // how many items have each highest digit
 
   // Deals n items out to as many pieces as there are counts, about as many to each, all of one highest digit to the same piece, in order.
-  // Returns where pieces begin, and the end. Pieces begin where cut() would halve a range, so that they change nothing.
+  // Returns where pieces begin, and the end.
   std::vector<int64_t> deal_out(const Coded* items, Coded* other, int64_t n, std::vector<Digits>& count) const {
     const auto pieces = static_cast<int64_t>(count.size());
     if (pieces == 1) return {0, n};
@@ -119,7 +119,7 @@ class Grouping {
     }
     std::vector<int64_t> bound{0};
     for (int64_t piece = 1, digit = 1; piece < pieces; ++piece) {
-      while (digit < kDigits && (before[static_cast<size_t>(digit)] < piece * n / pieces || !is_cut(before, static_cast<size_t>(digit)))) ++digit;
+      while (before[static_cast<size_t>(digit)] < piece * n / pieces) ++digit;
       bound.push_back(before[static_cast<size_t>(digit)]);
     }
     bound.push_back(n);
@@ -137,14 +137,6 @@ class Grouping {
     return bound;
   }
 
-  // Whether a range is halved between the highest digits `digit` - 1 and `digit`: if the smallest box with both holds too many.
-  bool is_cut(const std::array<int64_t, kDigits + 1>& before, size_t digit) const {
-    size_t box = 1;
-    while ((digit - 1) / box != digit / box) box *= 2;
-    const size_t first = digit / box * box;
-    return before[first + box] - before[first] > largest_;
-  }
-
   struct Range {
     const Coded *first, *last;
     int64_t begin;  // of the range in the order
@@ -152,20 +144,6 @@ class Grouping {
     Range until(const Coded* middle) const { return {first, middle, begin}; }
     Range from(const Coded* middle) const { return {middle, last, begin + (middle - first)}; }
   };
-
-  std::array<T, 6> bounds(int64_t begin, int64_t end) const {
-    std::array<T, 6> box;
-    for (size_t a = 0; a < 3; ++a) {
-      T low = axes_[a][order_[begin]], high = low;
-      for (int64_t i = begin + 1; i < end; ++i) {
-        const T value = axes_[a][order_[i]];
-        low = value < low ? value : low;
-        high = value > high ? value : high;
-      }
-      box[a] = low, box[3 + a] = high;
-    }
-    return box;
-  }
 
   // Where a range of codes is halved: at its highest differing bit, that is by a plane across its box; null if it is small enough or all in
   // one cell.

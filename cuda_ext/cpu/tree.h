@@ -10,7 +10,8 @@ namespace geossl {
 // Puts n points into an order in which neighbours in the order are neighbours in space, and cuts it into groups of up to `largest` points
 // in boxes that do not overlap: along a Morton curve through 1024^3 cells of the bounding box, and again inside every cell that holds too
 // many, so that dense spots and far outliers do not spoil it. Equal points stay in index order. All coordinates must be finite.
-// Returns where each group ends; the number of threads changes nothing.
+// Returns where each group ends. Groups also end where the work of a thread does, so nothing that is found may depend on how points are
+// grouped.
 template <class T>
 std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order, int threads);
 
