@@ -201,26 +201,35 @@ struct Outputs {
 
 // By a table ------------------------------------------------------------------------------------------------------------------------------------
 
-// Scratch: keys of all rows; keys of all voxels; then for every piece an entry per key and one for dropped rows.
+// Scratch: how many voxels and kept points lie in every piece's share of the keys; keys of all rows; keys of the voxels, each share's from where
+// the share begins; then for every piece an entry per key and one for dropped rows.
 template <class Index>
 struct ByTable {
   struct Entry {
     Index count, number;  // points of the piece, later where its next one goes; 1 + the voxel's number
   };
+  struct Share {
+    int64_t voxels, kept;
+  };
   const Job& job;
+  Share* shares;
   int32_t *keys, *occupied;
   Entry* table;
 
-  static int64_t list_bytes(int64_t entries) { return (entries * 4 + 63) / 64 * 64; }
-  static int64_t lists_bytes(const Job& job) { return list_bytes(job.rows) + list_bytes(std::min(job.rows, job.total) + 1); }
+  static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  static int64_t shares_bytes(const Job& job) { return lines(job.pieces * static_cast<int64_t>(sizeof(Share))); }
+  static int64_t lists_bytes(const Job& job) { return shares_bytes(job) + lines(4 * job.rows) + lines(4 * job.total); }
   static int64_t bytes(const Job& job) { return lists_bytes(job) + job.pieces * (job.total + 1) * static_cast<int64_t>(sizeof(Entry)); }
 
   ByTable(const Job& j, void* scratch) : job(j) {
     auto* memory = static_cast<char*>(scratch);
-    keys = reinterpret_cast<int32_t*>(memory), occupied = reinterpret_cast<int32_t*>(memory + list_bytes(j.rows));
+    shares = reinterpret_cast<Share*>(memory);
+    keys = reinterpret_cast<int32_t*>(memory + shares_bytes(j));
+    occupied = reinterpret_cast<int32_t*>(memory + shares_bytes(j) + lines(4 * j.rows));
     table = reinterpret_cast<Entry*>(memory + lists_bytes(j));
   }
 
+  int64_t key_of(int64_t piece) const { return piece * job.total / job.pieces; }
   Entry* of_piece(int piece) const { return table + piece * (job.total + 1); }
 
   Index count_of(int64_t key) const {
@@ -238,33 +247,43 @@ struct ByTable {
         for (int64_t i = 0; i < n; ++i) ++entries[chunk[i]].count;
       });
     });
-    int64_t number = 0, sum = 0;
     if (job.first) {
+      Share all{0, 0};
       for (int64_t row = 0; row < job.rows; ++row) {
         Entry& entry = table[keys[row]];
         if (keys[row] == job.total || entry.number) continue;
         entry.number = 1;
-        occupied[number++] = keys[row];
-        sum += std::min<int64_t>(count_of(keys[row]), job.cap);
+        occupied[all.voxels++] = keys[row];
+        all.kept += std::min<int64_t>(count_of(keys[row]), job.cap);
       }
+      std::fill(shares, shares + job.pieces, Share{0, 0});
+      shares[0] = all;
     } else {
-      for (int64_t key = 0; key < job.total; ++key) {  // no branch: whether a cell is occupied cannot be guessed
-        const Index n = count_of(key);
-        occupied[number] = static_cast<int32_t>(key);
-        number += n > 0;
-        sum += std::min<int64_t>(n, job.cap);
-      }
+      for_pieces(job.pieces, [&](int piece) {
+        Share share{0, 0};
+        int32_t* list = occupied + key_of(piece);
+        for (int64_t key = key_of(piece); key < key_of(piece + 1); ++key) {  // no branch: whether a cell is occupied cannot be guessed
+          const Index n = count_of(key);
+          list[share.voxels] = static_cast<int32_t>(key);
+          share.voxels += n > 0;
+          share.kept += std::min<int64_t>(n, job.cap);
+        }
+        shares[piece] = share;
+      });
     }
-    *voxels = number, *kept = sum;
+    *voxels = *kept = 0;
+    for (int p = 0; p < job.pieces; ++p) *voxels += shares[p].voxels, *kept += shares[p].kept;
   }
 
-  void fill(int64_t voxels, const Outputs& out) const {
-    int64_t start = 0;
-    for (int64_t v = 0; v < voxels; ++v) {
-      const int64_t key = occupied[v];
+  // Numbers the voxels of a piece's share of the keys, and finds where the points of every piece go.
+  void number(int piece, const Outputs& out) const {
+    int64_t v = 0, start = 0;
+    for (int p = 0; p < piece; ++p) v += shares[p].voxels, start += shares[p].kept;
+    const int32_t* list = occupied + (job.first ? 0 : key_of(piece));
+    for (int64_t i = 0; i < shares[piece].voxels; ++i, ++v) {
       auto at = static_cast<Index>(start);
       for (int p = 0; p < job.pieces; ++p) {
-        Entry& entry = of_piece(p)[key];
+        Entry& entry = of_piece(p)[list[i]];
         const Index n = entry.count;
         entry = {at, static_cast<Index>(v + 1)};
         at += n;
@@ -273,7 +292,11 @@ struct ByTable {
       out.counts[v] = std::min<int64_t>(at - start, job.cap);
       start += out.counts[v];
     }
-    out.row_splits[voxels] = start;
+    if (piece + 1 == job.pieces) out.row_splits[v] = start;
+  }
+
+  void fill(int64_t /*voxels*/, const Outputs& out) const {
+    for_pieces(job.pieces, [&](int piece) { number(piece, out); });
     for (int p = 0; p < job.pieces; ++p) of_piece(p)[job.total].number = 0;
     for_pieces(job.pieces, [&](int piece) {
       Entry* entries = of_piece(piece);
