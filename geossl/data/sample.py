@@ -71,11 +71,15 @@ class Sample:
         points: ``[N, 3 + C]`` float32: xyz, then the further columns of the data set.
         label: Class, or -1 where unlabelled.
         index: Row of the cloud in its data set.
+        point_label: Class of each point, ``[N]`` int64, -1 where unlabelled; None for data sets without.
+        point_instance: Object each point belongs to, ``[N]`` int64, -1 for none; None for data sets without.
     """
 
     points: np.ndarray
     label: int
     index: int
+    point_label: np.ndarray | None = None
+    point_instance: np.ndarray | None = None
 
 
 def collate(samples: Sequence[Sample]) -> PointBatch:
@@ -97,4 +101,11 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
         points=PackedPoints(torch.from_numpy(np.ascontiguousarray(rows[:, :3])), torch.from_numpy(offsets), feats),
         label=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        point_label=_per_point([sample.point_label for sample in samples]),
+        point_instance=_per_point([sample.point_instance for sample in samples]),
     )
+
+
+def _per_point(parts: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.from_numpy(np.concatenate(known)) if len(known) == len(parts) else None

@@ -274,6 +274,8 @@ class PointBatch(_Movable):
             draws that are made for the whole global batch and then cut by ``slot`` do not depend on how it was split.
             None means ``arange(B)``. Stays on the CPU, where the draws are made, so that no draw waits for a device.
         global_size: Clouds in the global batch; None means ``B``.
+        point_label: Class of each point, ``[M]`` int64, -1 where unlabelled; None for data sets without.
+        point_instance: Object each point belongs to, numbered within its cloud, ``[M]`` int64, -1 for none; None for data sets without.
     """
 
     points: PackedPoints
@@ -281,6 +283,8 @@ class PointBatch(_Movable):
     index: Tensor | None = None
     slot: Tensor | None = None
     global_size: int | None = None
+    point_label: Tensor | None = None
+    point_instance: Tensor | None = None
 
     _stays_on_host: ClassVar[tuple[str, ...]] = ("slot",)
 
