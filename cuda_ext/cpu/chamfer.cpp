@@ -1,6 +1,7 @@
 // Chamfer distance on the CPU. Nearest points are found by comparing all pairs, 32 queries at a time, one in each vector lane; in large
 // clouds of up to three channels by a tree. Fewer than three channels are three with zeros, which changes no bit of a distance.
 #include <algorithm>
+#include <cmath>
 
 #include "points.h"
 #include "tree.h"
@@ -11,13 +12,17 @@ namespace {
 enum Norm { kSquared = 0, kEuclidean = 1, kManhattan = 2 };
 enum Direction { kBoth = 0, kFromX = 1, kFromY = 2 };
 
-constexpr int kTile = 32;
+// Numbers side by side: sixteen of float32, two of float64, which has no vector clones and would take seconds to compile for more.
+template <class T>
+constexpr int kLanes = sizeof(T) == 4 ? 16 : 2;
+template <class T>
+constexpr int kTile = 2 * kLanes<T>;
 
-// Sixteen numbers, as gcc and clang vectors: written as a plain loop, the running minima below would live in memory.
+// As gcc and clang vectors: written as a plain loop, the running minima below would live in memory.
 template <class T>
 struct Lanes {
-  typedef T Values __attribute__((vector_size(16 * sizeof(T))));
-  typedef Bits<T> Numbers __attribute__((vector_size(16 * sizeof(T))));
+  typedef T Values __attribute__((vector_size(kLanes<T> * sizeof(T))));
+  typedef Bits<T> Numbers __attribute__((vector_size(kLanes<T> * sizeof(T))));
 };
 
 // For `kTile` queries, the distance to the nearest of n points and its number (-1: none). NaN compares false, so invalid points never win.
@@ -25,18 +30,20 @@ template <class T, bool kL1>
 GEOSSL_INLINE void nearest_loop(const T* qx, const T* qy, const T* qz, const Soa<T>& p, int64_t n, T* distance, Bits<T>* index) {
   using Values = typename Lanes<T>::Values;
   using Numbers = typename Lanes<T>::Numbers;
-  constexpr int kParts = kTile / 16;
+  constexpr int kParts = 2, kWidth = kLanes<T>;
   Values x[kParts], y[kParts], z[kParts], best[kParts];
   Numbers number[kParts];
+#pragma GCC unroll 2
   for (int i = 0; i < kParts; ++i) {
-    __builtin_memcpy(&x[i], qx + 16 * i, sizeof(Values));
-    __builtin_memcpy(&y[i], qy + 16 * i, sizeof(Values));
-    __builtin_memcpy(&z[i], qz + 16 * i, sizeof(Values));
+    __builtin_memcpy(&x[i], qx + kWidth * i, sizeof(Values));
+    __builtin_memcpy(&y[i], qy + kWidth * i, sizeof(Values));
+    __builtin_memcpy(&z[i], qz + kWidth * i, sizeof(Values));
     best[i] = Values{} + std::numeric_limits<T>::infinity();
     number[i] = Numbers{} - 1;
   }
   for (int64_t j = 0; j < n; ++j) {
     const Numbers current = Numbers{} + static_cast<Bits<T>>(j);
+#pragma GCC unroll 2
     for (int i = 0; i < kParts; ++i) {
       const Values dx = x[i] - p.x[j], dy = y[i] - p.y[j], dz = z[i] - p.z[j];
       Values d;
@@ -47,9 +54,10 @@ GEOSSL_INLINE void nearest_loop(const T* qx, const T* qy, const T* qz, const Soa
       number[i] = closer ? current : number[i];
     }
   }
+#pragma GCC unroll 2
   for (int i = 0; i < kParts; ++i) {
-    __builtin_memcpy(distance + 16 * i, &best[i], sizeof(Values));
-    __builtin_memcpy(index + 16 * i, &number[i], sizeof(Numbers));
+    __builtin_memcpy(distance + kWidth * i, &best[i], sizeof(Values));
+    __builtin_memcpy(index + kWidth * i, &number[i], sizeof(Numbers));
   }
 }
 GEOSSL_SIMD void nearest_tile(const float* qx, const float* qy, const float* qz, const Soa<float>& p, int64_t n, bool l1, float* distance,
@@ -63,7 +71,7 @@ void nearest_tile(const double* qx, const double* qy, const double* qz, const So
   else nearest_loop<double, false>(qx, qy, qz, p, n, distance, index);
 }
 
-// The same for more channels: `q` holds the channels of 16 queries one after the other. Four points at a time share what is loaded of q.
+// The same for more channels: `q` holds the channels of `kLanes` queries one after the other. Four points at a time share what is loaded of q.
 template <class T, bool kL1>
 GEOSSL_INLINE void nearest_channels_loop(const T* q, const T* points, int64_t n, int64_t channels, T* distance, Bits<T>* index) {
   using Values = typename Lanes<T>::Values;
@@ -74,16 +82,19 @@ GEOSSL_INLINE void nearest_channels_loop(const T* q, const T* points, int64_t n,
   for (int64_t j = 0; j < n; j += kPoints) {
     Values sum[kPoints] = {};
     const T* p[kPoints];
+#pragma GCC unroll 4
     for (int64_t i = 0; i < kPoints; ++i) p[i] = points + std::min(j + i, n - 1) * channels;
     for (int64_t c = 0; c < channels; ++c) {
       Values own;
-      __builtin_memcpy(&own, q + 16 * c, sizeof own);
+      __builtin_memcpy(&own, q + kLanes<T> * c, sizeof own);
+#pragma GCC unroll 4
       for (int64_t i = 0; i < kPoints; ++i) {
         const Values d = own - p[i][c];
         if constexpr (kL1) sum[i] = sum[i] + (d < 0 ? -d : d);
         else sum[i] = sum[i] + d * d;
       }
     }
+#pragma GCC unroll 4
     for (int64_t i = 0; i < kPoints; ++i) {  // the last point once more is not closer than itself
       const auto closer = sum[i] < best;
       best = closer ? sum[i] : best;
@@ -116,7 +127,7 @@ class Cloud {
         for (int64_t c = 0; c < 3; ++c) wide[3 * i + c] = c < channels ? points[i * channels + c] : T(0);
       rows = points = wide;
     }
-    const int64_t padded = (n + kTile - 1) / kTile * kTile;
+    const int64_t padded = (n + kTile<T> - 1) / kTile<T> * kTile<T>;
     soa = {x_.get(padded), y_.get(padded), z_.get(padded)};
     split_axes(points, n, soa);
     for (T* axis : {soa.x, soa.y, soa.z}) std::fill(axis + n, axis + padded, std::numeric_limits<T>::quiet_NaN());
@@ -141,10 +152,10 @@ struct Problem {
 template <class T>
 void nearest_rows(const Cloud<T>& own, const Cloud<T>& other, int64_t other_row, int norm, int64_t tile0, int64_t tile1, T* distance,
                   int64_t* nearest) {
-  T d[kTile];
-  Bits<T> index[kTile];
+  T d[kTile<T>];
+  Bits<T> index[kTile<T>];
   for (int64_t tile = tile0; tile < tile1; ++tile) {
-    const int64_t begin = tile * kTile, count = std::min<int64_t>(kTile, own.size - begin);
+    const int64_t begin = tile * kTile<T>, count = std::min<int64_t>(kTile<T>, own.size - begin);
     nearest_tile(own.soa.x + begin, own.soa.y + begin, own.soa.z + begin, other.soa, other.size, norm == kManhattan, d, index);
     for (int64_t l = 0; l < count; ++l) {
       distance[begin + l] = norm == kEuclidean ? std::sqrt(d[l]) : d[l];
@@ -153,17 +164,18 @@ void nearest_rows(const Cloud<T>& own, const Cloud<T>& other, int64_t other_row,
   }
 }
 
-// The same for more than three channels and tiles of 16.
+// The same for more than three channels and tiles of `kLanes`.
 template <class T>
 void nearest_rows_of_channels(const Cloud<T>& own, const Cloud<T>& other, int64_t channels, int64_t other_row, int norm, int64_t tile0,
                               int64_t tile1, T* distance, int64_t* nearest) {
   Scratch<T> scratch;
-  T *q = scratch.get(16 * channels), d[16];
-  Bits<T> index[16];
+  constexpr int64_t kWidth = kLanes<T>;
+  T *q = scratch.get(kWidth * channels), d[kWidth];
+  Bits<T> index[kWidth];
   for (int64_t tile = tile0; tile < tile1; ++tile) {
-    const int64_t begin = tile * 16, count = std::min<int64_t>(16, own.size - begin);
-    for (int64_t l = 0; l < 16; ++l)
-      for (int64_t c = 0; c < channels; ++c) q[16 * c + l] = own.rows[(begin + std::min(l, count - 1)) * channels + c];
+    const int64_t begin = tile * kWidth, count = std::min<int64_t>(kWidth, own.size - begin);
+    for (int64_t l = 0; l < kWidth; ++l)
+      for (int64_t c = 0; c < channels; ++c) q[kWidth * c + l] = own.rows[(begin + std::min(l, count - 1)) * channels + c];
     nearest_channels(q, other.rows, other.size, channels, norm == kManhattan, d, index);
     for (int64_t l = 0; l < count; ++l) {
       distance[begin + l] = norm == kEuclidean ? std::sqrt(d[l]) : d[l];
@@ -221,15 +233,15 @@ double one_direction(const Cloud<T>& own, const Cloud<T>& other, int64_t channel
   T* distance = scratch.get(own.size);
   if (channels > 3) {
     const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 21) / (4 * channels * std::max<int64_t>(other.size, 1)));
-    parallel_for(threads, (own.size + 15) / 16, grain, [&](int64_t t0, int64_t t1) {
+    parallel_for(threads, (own.size + kLanes<T> - 1) / kLanes<T>, grain, [&](int64_t t0, int64_t t1) {
       nearest_rows_of_channels(own, other, channels, other_row, norm, t0, t1, distance, nearest);
     });
   } else if (tree_pays(own.size, other.size)) {
     const Tree<T> tree(other.rows, other.size, threads);
     parallel_for(threads, own.size, 2048, [&](int64_t i0, int64_t i1) { nearest_by_tree(own, tree, other_row, norm, i0, i1, distance, nearest); });
   } else {
-    const int64_t tiles = (own.size + kTile - 1) / kTile;
-    const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 21) / (kTile * std::max<int64_t>(other.size, 1)));
+    const int64_t tiles = (own.size + kTile<T> - 1) / kTile<T>;
+    const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 21) / (kTile<T> * std::max<int64_t>(other.size, 1)));
     parallel_for(threads, tiles, grain, [&](int64_t t0, int64_t t1) { nearest_rows(own, other, other_row, norm, t0, t1, distance, nearest); });
   }
   return mean_distance(distance, nearest, own.size);

@@ -211,8 +211,8 @@ bool buckets_pay(int64_t n, int64_t k) {
 }
 
 template <class T>
-bool finite(const T* p) {
-  return std::isfinite(p[0]) && std::isfinite(p[1]) && std::isfinite(p[2]);
+bool valid(const T* p) {
+  return finite(p[0]) && finite(p[1]) && finite(p[2]);
 }
 
 // The start, or the next row after it, going round, that is finite and not masked; -1 if there is none.
@@ -221,7 +221,7 @@ int64_t first_pick(const T* points, int64_t n, const Options& options) {
   const int64_t start = options.start >= 0 && options.start < n ? options.start : 0;
   for (int64_t step = 0; step < n; ++step) {
     const int64_t i = start + step < n ? start + step : start + step - n;
-    if (finite(points + 3 * i) && (!options.mask || options.mask[i])) return i;
+    if (valid(points + 3 * i) && (!options.mask || options.mask[i])) return i;
   }
   return -1;
 }

@@ -1,5 +1,7 @@
 // Gradient of blending: every tile walks its list back to front, writes the sums over its pixels into a slot of its own for every entry, and
 // then each Gaussian adds up its slots, which lie side by side, in order. The same bits for any number of threads.
+#include <memory>
+
 #include "gaussians_tiles.h"
 
 namespace geossl {

@@ -1,4 +1,6 @@
 // Blending of Gaussians front to back. The vector is one row of 16 pixels of a tile.
+#include <memory>
+
 #include "gaussians_tiles.h"
 
 namespace geossl {

@@ -1,5 +1,6 @@
 // k nearest neighbours and ball query on the CPU.
 #include <algorithm>
+#include <cmath>
 
 #include "points.h"
 #include "select.h"

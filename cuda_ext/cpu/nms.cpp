@@ -2,7 +2,6 @@
 // lies in nine runs of the sorted arrays.
 #include <algorithm>
 #include <array>
-#include <numeric>
 
 #include "points.h"
 
@@ -59,37 +58,10 @@ int64_t count_inside(const Soa<int64_t>& p, int64_t begin, int64_t end, int64_t 
 
 using Cell = std::array<int64_t, 3>;
 
-// Cells are at least as wide as the radius: points within it lie in neighbouring cells.
-template <class C>
-class Grid {
+// Rows sorted by the cells they lie in. Nothing here depends on the type of coordinates, so it is compiled once.
+class Cells {
  public:
-  Grid(const C* rows, int64_t n, double radius) {
-    edge_ = kIntegers<C> ? std::ceil(radius) : static_cast<double>(static_cast<C>(radius)) * 1.0001;  // more than rounding can do
-    edge_ = std::max(edge_, std::numeric_limits<double>::min());  // a radius may vanish in float
-    if constexpr (std::is_same_v<C, double>) {
-      // Where a cell is narrower than the rounding of its number, one cell holds everything. (Two different floats are never that close.)
-      for (int64_t i = 0; i < 3 * n; ++i)
-        if (std::isfinite(rows[i]) && std::fabs(rows[i]) / edge_ > 1e12) edge_ = std::numeric_limits<double>::infinity();
-    }
-    std::vector<Cell> cell_of(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) {
-      const C* p = rows + 3 * i;
-      if constexpr (!kIntegers<C>)
-        if (!((p[0] - p[0]) + (p[1] - p[1]) + (p[2] - p[2]) == C(0))) continue;
-      cell_of[static_cast<size_t>(i)] = {number(p[0]), number(p[1]), number(p[2])};
-      row.push_back(static_cast<int32_t>(i));
-    }
-    const auto cell = [&](int32_t i) -> const Cell& { return cell_of[static_cast<size_t>(i)]; };
-    std::sort(row.begin(), row.end(), [&](int32_t a, int32_t b) { return cell(a) < cell(b) || (cell(a) == cell(b) && a < b); });
-    const auto m = static_cast<int64_t>(row.size());
-    points = {x_.get(m), y_.get(m), z_.get(m)};
-    for (int64_t i = 0; i < m; ++i) {
-      const int32_t from = row[static_cast<size_t>(i)];
-      points.x[i] = rows[3 * int64_t{from}], points.y[i] = rows[3 * int64_t{from} + 1], points.z[i] = rows[3 * int64_t{from} + 2];
-      if (cells_.empty() || cells_.back() != cell(from)) cells_.push_back(cell(from)), start_.push_back(i);
-    }
-    start_.push_back(m);
-  }
+  std::vector<int32_t> row;  // valid rows by (cell, row)
 
   int64_t cells() const { return static_cast<int64_t>(cells_.size()); }
   int64_t begin(int64_t cell) const { return start_[static_cast<size_t>(cell)]; }
@@ -109,8 +81,51 @@ class Grid {
       }
   }
 
-  Soa<C> points{};           // valid points by (cell, row)
-  std::vector<int32_t> row;  // where each came from
+ protected:
+  // Sorts `row` by the cells of all rows.
+  void sort(const std::vector<Cell>& cell_of) {
+    const auto cell = [&](int32_t i) -> const Cell& { return cell_of[static_cast<size_t>(i)]; };
+    std::sort(row.begin(), row.end(), [&](int32_t a, int32_t b) { return cell(a) < cell(b) || (cell(a) == cell(b) && a < b); });
+    for (size_t i = 0; i < row.size(); ++i)
+      if (cells_.empty() || cells_.back() != cell(row[i])) cells_.push_back(cell(row[i])), start_.push_back(static_cast<int64_t>(i));
+    start_.push_back(static_cast<int64_t>(row.size()));
+  }
+
+ private:
+  std::vector<Cell> cells_;
+  std::vector<int64_t> start_;
+};
+
+// Cells are at least as wide as the radius: points within it lie in neighbouring cells.
+template <class C>
+class Grid : public Cells {
+ public:
+  Grid(const C* rows, int64_t n, double radius) {
+    edge_ = kIntegers<C> ? __builtin_ceil(radius) : static_cast<double>(static_cast<C>(radius)) * 1.0001;  // more than rounding can do
+    edge_ = std::max(edge_, std::numeric_limits<double>::min());  // a radius may vanish in float
+    if constexpr (std::is_same_v<C, double>) {
+      // Where a cell is narrower than the rounding of its number, one cell holds everything. (Two different floats are never that close.)
+      for (int64_t i = 0; i < 3 * n; ++i)
+        if (finite(rows[i]) && __builtin_fabs(rows[i]) / edge_ > 1e12) edge_ = std::numeric_limits<double>::infinity();
+    }
+    std::vector<Cell> cell_of(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+      const C* p = rows + 3 * i;
+      if constexpr (!kIntegers<C>)
+        if (!(finite(p[0]) && finite(p[1]) && finite(p[2]))) continue;
+      cell_of[static_cast<size_t>(i)] = {number(p[0]), number(p[1]), number(p[2])};
+      row.push_back(static_cast<int32_t>(i));
+    }
+    sort(cell_of);
+    const auto m = static_cast<int64_t>(row.size());
+    points = {x_.get(m), y_.get(m), z_.get(m)};
+    for (int64_t i = 0; i < m; ++i) {
+      const C* p = rows + 3 * int64_t{row[static_cast<size_t>(i)]};
+      points.x[i] = p[0], points.y[i] = p[1], points.z[i] = p[2];
+    }
+  }
+
+  Soa<C> points{};  // of `row`
 
  private:
   int64_t number(C v) const {
@@ -119,14 +134,12 @@ class Grid {
       return v / edge - (v % edge < 0);
     } else {
       constexpr double kFarthest = 2305843009213693952.0;  // 2^61
-      return static_cast<int64_t>(std::clamp(std::floor(static_cast<double>(v) / edge_), -kFarthest, kFarthest));
+      return static_cast<int64_t>(std::clamp(__builtin_floor(static_cast<double>(v) / edge_), -kFarthest, kFarthest));
     }
   }
 
   double edge_;
   Scratch<C> x_, y_, z_;
-  std::vector<Cell> cells_;
-  std::vector<int64_t> start_;
 };
 
 template <class C>
@@ -149,16 +162,27 @@ void count_neighbors(const Grid<C>& grid, const Problem<C>& p, int64_t first_row
   });
 }
 
+// Rows from the one with the most neighbours to the one with the fewest, equal ones in order.
+std::vector<int32_t> by_count(std::vector<int32_t> rows, const int64_t* count) {
+  std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return count[a] > count[b] || (count[a] == count[b] && a < b); });
+  return rows;
+}
+
+// The first `cap` rows of a list, in any order.
+void shorten(std::vector<int32_t>& list, int64_t cap) {
+  if (static_cast<int64_t>(list.size()) <= cap) return;
+  std::nth_element(list.begin(), list.begin() + cap, list.end());
+  list.resize(static_cast<size_t>(cap));
+}
+
 // Walks the points from the most central to the least; each one that is still kept removes the others in its list.
 template <class C>
 void suppress(const Grid<C>& grid, const Problem<C>& p, int64_t first_row, int64_t n) {
   bool* keep = p.keep + first_row;
-  const int64_t* count = p.count + first_row;
-  std::vector<int32_t> place(static_cast<size_t>(n), -1), order(grid.row), list;
+  std::vector<int32_t> place(static_cast<size_t>(n), -1), list;
   for (size_t i = 0; i < grid.row.size(); ++i) place[static_cast<size_t>(grid.row[i])] = static_cast<int32_t>(i), keep[grid.row[i]] = true;
-  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return count[a] > count[b] || (count[a] == count[b] && a < b); });
   const Soa<C>& at = grid.points;
-  for (const int32_t row : order) {
+  for (const int32_t row : by_count(grid.row, p.count + first_row)) {
     if (!keep[row]) continue;
     const int64_t i = place[static_cast<size_t>(row)];
     list.clear();
@@ -166,10 +190,7 @@ void suppress(const Grid<C>& grid, const Problem<C>& p, int64_t first_row, int64
       for (int64_t j = begin; j < end; ++j)
         if (inside(at.x[j], at.y[j], at.z[j], at.x[i], at.y[i], at.z[i], p.limit)) list.push_back(grid.row[static_cast<size_t>(j)]);
     });
-    if (static_cast<int64_t>(list.size()) > p.cap) {
-      std::nth_element(list.begin(), list.begin() + p.cap, list.end());
-      list.resize(static_cast<size_t>(p.cap));
-    }
+    shorten(list, p.cap);
     for (const int32_t other : list)
       if (other != row) keep[other] = false;
   }

@@ -1,9 +1,8 @@
 // Coordinates as three arrays, which is what vectorises, and the one squared distance of all CPU kernels.
 #pragma once
-#include <cmath>
+// Neither <cmath> nor <memory>, which would take a tenth of a second of every file.
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -56,15 +55,27 @@ GEOSSL_INLINE T squared(T dx, T dy, T dz) {
   return (dx * dx + dy * dy) + dz * dz;
 }
 
+template <class T>
+GEOSSL_INLINE bool finite(T value) {
+  return value - value == T(0);
+}
+
 // An aligned array that is not cleared and only grows; scratch memory of one thread.
 template <class T>
 class Scratch {
  public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { delete[] memory_; }
+
   T* get(int64_t count) {
     if (count > capacity_) {
+      delete[] memory_;
+      memory_ = nullptr, capacity_ = 0;  // should there be no more memory
       // Room to round up to whole vectors, and alignment to a cache line.
-      memory_.reset(new unsigned char[static_cast<size_t>(count) * sizeof(T) + 192]);
-      const auto address = (reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63};
+      memory_ = new unsigned char[static_cast<size_t>(count) * sizeof(T) + 192];
+      const auto address = (reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63};
       data_ = reinterpret_cast<T*>(address);
       capacity_ = count;
     }
@@ -72,7 +83,7 @@ class Scratch {
   }
 
  private:
-  std::unique_ptr<unsigned char[]> memory_;
+  unsigned char* memory_ = nullptr;
   T* data_ = nullptr;
   int64_t capacity_ = 0;
 };

@@ -129,7 +129,7 @@ void search_rows(const Search<T>& s, const Trees<T>& trees, int64_t begin, int64
     const int64_t n = s.clouds.size(b);
     if (row < stop && n > 0) {
       if (const auto& tree = trees[static_cast<size_t>(b)]) {
-        in_spatial_order(s.query + 3 * row, stop - row, [&](int64_t i) { one_row(s, tree.get(), b, row + i, memory); });
+        in_spatial_order(s.query + 3 * row, stop - row, [&](int64_t i) { one_row(s, &*tree, b, row + i, memory); });
       } else {
         memory.brute.load(s.points + 3 * s.clouds.begin(b), n);
         for (int64_t i = row; i < stop; ++i) one_row<T>(s, nullptr, b, i, memory);

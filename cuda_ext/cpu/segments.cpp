@@ -2,6 +2,7 @@
 // segments, which are independent of each other.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "exponential.h"
 #include "points.h"
@@ -82,7 +83,6 @@ GEOSSL_INLINE void sum(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t
   for (int64_t s = s0; count && s < s1; ++s) count[s] = r.splits ? r.splits[s + 1] - r.splits[s] : 0;
   int64_t* counted = r.splits ? nullptr : count;
   if (r.channels == 32) r.each(s0, s1, out, AddRow<32, T>{r.x, out, counted, r.channels});
-  else if (r.channels == 64) r.each(s0, s1, out, AddRow<64, T>{r.x, out, counted, r.channels});
   else r.each(s0, s1, out, AddRow<0, T>{r.x, out, counted, r.channels});
   if (!count) return;
   for (int64_t s = s0; s < s1; ++s)
@@ -167,10 +167,10 @@ struct DivideRow {
   }
 };
 
-// `largest` and `total` are scratch [size, channels]; `out` [rows, channels], null for sums alone.
+// `largest` [size, channels] holds the maxima of segments with rows (`seen`); `total` [size, channels] is scratch or, where `out` [rows, channels]
+// is null, the result.
 template <class T>
-GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {
-  extreme<true, T, int64_t>(r, s0, s1, largest, nullptr, seen);
+GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, const uint8_t* seen, T* out) {
   const int64_t begin = s0 * r.channels, end = s1 * r.channels;
   std::fill(total + begin, total + end, T(0));
   if (!out) {  // as torch.logsumexp does: an infinite maximum is not subtracted
@@ -198,7 +198,7 @@ GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* lar
   SIMD void min_of(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                             \
     extreme<false>(r, s0, s1, out, arg, seen);                                                                                            \
   }                                                                                                                                       \
-  SIMD void exponentials_of(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, uint8_t* seen, T* out) {                      \
+  SIMD void exponentials_of(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, const uint8_t* seen, T* out) {                \
     exponentials(r, s0, s1, largest, total, seen, out);                                                                                   \
   }
 FOR_TYPE(GEOSSL_SIMD, float, int32_t)
@@ -280,8 +280,10 @@ GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void
     const auto seen = scratch<uint8_t>(size);
     T* to = static_cast<T*>(out);
     if (size == 0) std::fill(to, to + rows * channels, T(0));
-    split_segments(threads, r,
-                   [&](int64_t s0, int64_t s1) { exponentials_of(r, s0, s1, largest.get(), total.get(), seen.get(), to); });
+    split_segments(threads, r, [&](int64_t s0, int64_t s1) {
+      max_of(r, s0, s1, largest.get(), static_cast<Bits<T>*>(nullptr), seen.get());
+      exponentials_of(r, s0, s1, largest.get(), total.get(), seen.get(), to);
+    });
     return int{GEOSSL_OK};
   });
 }
@@ -296,6 +298,7 @@ GEOSSL_API int geossl_segment_logsumexp_cpu(int threads, int is_double, const vo
     const auto largest = scratch<T>(size * channels);
     const auto seen = scratch<uint8_t>(size);
     split_segments(threads, r, [&](int64_t s0, int64_t s1) {
+      max_of(r, s0, s1, largest.get(), static_cast<Bits<T>*>(nullptr), seen.get());
       exponentials_of(r, s0, s1, largest.get(), static_cast<T*>(out), seen.get(), static_cast<T*>(nullptr));
     });
     return int{GEOSSL_OK};

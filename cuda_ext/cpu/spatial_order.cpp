@@ -72,7 +72,7 @@ class Grouping {
       extent = std::max(extent, high - low[a]);
     }
     const T scale = T(kDigits - 1) / extent;
-    if (n <= largest_ || !(extent > 0) || !std::isfinite(scale) || !(scale > 0)) {
+    if (n <= largest_ || !(extent > 0) || !finite(scale) || !(scale > 0)) {
       // Few, all equal, or further apart than the type can tell: in index order.
       for (int64_t i = begin; i < end; i += largest_) ends.push_back(static_cast<int32_t>(std::min(i + largest_, end)));
       return;

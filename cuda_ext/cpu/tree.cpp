@@ -1,6 +1,7 @@
 #include "tree.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace geossl {
 

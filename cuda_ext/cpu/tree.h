@@ -1,5 +1,6 @@
 // A hierarchy of boxes over a cloud, for searches in more points than are worth comparing one by one.
 #pragma once
+#include <optional>
 #include <vector>
 
 #include "points.h"
@@ -67,9 +68,9 @@ class Tree {
   Scratch<int32_t> row_;
 };
 
-// Trees over the clouds b for which pays(b), null for the others.
+// Trees over the clouds b for which pays(b), none for the others.
 template <class T>
-using Trees = std::vector<std::unique_ptr<Tree<T>>>;
+using Trees = std::vector<std::optional<Tree<T>>>;
 
 template <class T, class F>
 Trees<T> build_trees(const T* points, const Clouds& clouds, int threads, F&& pays) {
@@ -83,7 +84,7 @@ Trees<T> build_trees(const T* points, const Clouds& clouds, int threads, F&& pay
   parallel_for(inside > 1 ? 1 : threads, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = large[static_cast<size_t>(i)];
-      trees[static_cast<size_t>(b)] = std::make_unique<Tree<T>>(points + 3 * clouds.begin(b), clouds.size(b), inside);
+      trees[static_cast<size_t>(b)].emplace(points + 3 * clouds.begin(b), clouds.size(b), inside);
     }
   });
   return trees;

@@ -203,10 +203,9 @@ struct Outputs {
 
 // Scratch: how many voxels and kept points lie in every piece's share of the keys; keys of all rows; keys of the voxels, each share's from where
 // the share begins; then for every piece an entry per key and one for dropped rows.
-template <class Index>
 struct ByTable {
   struct Entry {
-    Index count, number;  // points of the piece, later where its next one goes; 1 + the voxel's number
+    int32_t count, number;  // points of the piece, later where its next one goes; 1 + the voxel's number
   };
   struct Share {
     int64_t voxels, kept;
@@ -232,8 +231,8 @@ struct ByTable {
   int64_t key_of(int64_t piece) const { return piece * job.total / job.pieces; }
   Entry* of_piece(int piece) const { return table + piece * (job.total + 1); }
 
-  Index count_of(int64_t key) const {
-    Index count = table[key].count;
+  int32_t count_of(int64_t key) const {
+    int32_t count = table[key].count;
     for (int p = 1; p < job.pieces; ++p) count += of_piece(p)[key].count;
     return count;
   }
@@ -263,7 +262,7 @@ struct ByTable {
         Share share{0, 0};
         int32_t* list = occupied + key_of(piece);
         for (int64_t key = key_of(piece); key < key_of(piece + 1); ++key) {  // no branch: whether a cell is occupied cannot be guessed
-          const Index n = count_of(key);
+          const int32_t n = count_of(key);
           list[share.voxels] = static_cast<int32_t>(key);
           share.voxels += n > 0;
           share.kept += std::min<int64_t>(n, job.cap);
@@ -281,11 +280,11 @@ struct ByTable {
     for (int p = 0; p < piece; ++p) v += shares[p].voxels, start += shares[p].kept;
     const int32_t* list = occupied + (job.first ? 0 : key_of(piece));
     for (int64_t i = 0; i < shares[piece].voxels; ++i, ++v) {
-      auto at = static_cast<Index>(start);
+      auto at = static_cast<int32_t>(start);
       for (int p = 0; p < job.pieces; ++p) {
         Entry& entry = of_piece(p)[list[i]];
-        const Index n = entry.count;
-        entry = {at, static_cast<Index>(v + 1)};
+        const int32_t n = entry.count;
+        entry = {at, static_cast<int32_t>(v + 1)};
         at += n;
       }
       out.row_splits[v] = start;
@@ -464,10 +463,8 @@ struct BySort {
 template <class F>
 void with_method(const Job& job, void* scratch, F&& f) {
   constexpr int64_t kSmall = std::numeric_limits<int32_t>::max() - 1;
-  const bool small = job.rows < kSmall;
-  if (job.total < kSmall && (job.total <= kSmallTable || job.total * job.pieces <= kTablePerRow * job.rows)) {
-    if (small) f(ByTable<int32_t>(job, scratch));
-    else f(ByTable<int64_t>(job, scratch));
+  if (job.rows < kSmall && job.total < kSmall && (job.total <= kSmallTable || job.total * job.pieces <= kTablePerRow * job.rows)) {
+    f(ByTable(job, scratch));
     return;
   }
   const auto bits_of = [](int64_t v) { return v > 0 ? 64 - __builtin_clzll(static_cast<unsigned long long>(v)) : 0; };

@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <new>
 #include <type_traits>
 
@@ -56,7 +55,7 @@ void parallel_for(int threads, int64_t n, int64_t grain, F&& f) {
   using Body = std::remove_reference_t<F>;
   if (n <= 0) return;
   run_pieces(pieces_of(threads, n, grain), n, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
-             const_cast<void*>(static_cast<const void*>(std::addressof(f))));
+             const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 // Calls f(piece) for every piece, each on a thread of its own.
