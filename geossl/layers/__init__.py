@@ -8,6 +8,7 @@ from geossl.layers.block import Block, BlockStack, init_transformer_weights
 from geossl.layers.image_metrics import l1, psnr, ssim
 from geossl.layers.masking import block_mask, random_mask
 from geossl.layers.norm import BatchNorm
+from geossl.layers.packed_token_embedding import PackedTokenEmbedding
 from geossl.layers.position import PositionMLP
 from geossl.layers.sampling import BatchRandom
 from geossl.layers.token_embedding import PointTokenEmbedding
@@ -18,6 +19,7 @@ __all__ = [
     "BatchRandom",
     "Block",
     "BlockStack",
+    "PackedTokenEmbedding",
     "PointTokenEmbedding",
     "PositionMLP",
     "Segments",

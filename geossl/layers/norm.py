@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -52,12 +53,26 @@ class BatchNorm(nn.BatchNorm1d):
     """``BatchNorm1d`` over rows ``[N, C]`` whose training statistics are those of the rows of *all* processes.
 
     State and numbers are those of :class:`torch.nn.BatchNorm1d`; unlike ``SyncBatchNorm`` it works on every device.
+
+    Args:
+        channels: Columns ``C``.
+        biased_running_var: Keep the running mean of the biased variance, as the masked batch norm of PoLAr-MAE does, instead of the
+            unbiased one.
     """
+
+    def __init__(self, channels: int, *, biased_running_var: bool = False) -> None:
+        super().__init__(channels)
+        self.biased_running_var = biased_running_var
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[N, C]``."""
-        if not self.training or world_size() == 1:
+        if not self.training or (world_size() == 1 and not self.biased_running_var):
             return super().forward(x)
+        if world_size() == 1 and x.shape[0] > 1:
+            mean, unbiased = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+            out = F.batch_norm(x, mean, unbiased, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+            self.update(mean, unbiased * ((x.shape[0] - 1) / x.shape[0]), x.shape[0])
+            return out
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = sum_over_ranks(wide.new_tensor(float(x.shape[0])))
         mean = sum_over_ranks(wide.sum(0)) / count
@@ -74,7 +89,9 @@ class BatchNorm(nn.BatchNorm1d):
         self.num_batches_tracked += 1
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_((variance * (count / max(count - 1, 1))).to(self.running_var.dtype), momentum)
+        if not self.biased_running_var:
+            variance = variance * (count / max(count - 1, 1))
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
     @torch.no_grad()
     def update_from_input(self, moments: Moments, linear: nn.Linear) -> None:
