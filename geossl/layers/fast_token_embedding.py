@@ -147,24 +147,27 @@ def embed_training(
     return tokens
 
 
-def embed_evaluation(module: nn.Module, points: Tensor, groups: Groups, extras: Extras = NOTHING) -> Tensor:
+def embed_evaluation(module: nn.Module, points: Tensor, groups: Groups, dtype: torch.dtype, extras: Extras = NOTHING) -> Tensor:
     """Tokens of all groups by the running statistics: ``[G, C4]``, differentiable like those of :func:`embed_training`."""
     conv1, norm1, conv2, conv3, norm2, conv4 = _layers(module)
     if not groups.chunks:
         return points.new_zeros(0, conv4.out_features)
-    weight1, bias1 = fold_running(conv1, norm1)
-    weight3, bias3 = fold_running(conv3, norm2)
-    shared_weight, own_weight = weight3.chunk(2, dim=1)
     slot = groups.slots() if extras.code is not None else None
     tokens = []
-    for chunk in groups.chunks:
-        local = conv2(F.linear(points[chunk.rows], weight1, bias1).relu_())
-        if slot is not None and extras.code is not None:
-            local = local + extras.code[slot[chunk.rows]]
-        shared = _at_least(chunk.maximum(local), extras.least_shared, chunk.groups)
-        per_group = F.linear(shared, shared_weight, bias3)
-        wide = (per_group[groups.member[chunk.rows] - chunk.groups.start] + F.linear(local, own_weight)).relu_()
-        tokens.append(_at_least(chunk.maximum(conv4(wide)), extras.least_token, chunk.groups))
+    with torch.autocast(points.device.type, enabled=False):
+        weight1, bias1 = fold_running(conv1, norm1)
+        weight3, bias3 = (x.to(dtype) for x in fold_running(conv3, norm2))
+        shared_weight, own_weight = weight3.chunk(2, dim=1)
+        weight2, bias2, weight4 = (x.to(dtype) for x in (conv2.weight, conv2.bias, conv4.weight))
+        for chunk in groups.chunks:
+            local = F.linear(F.linear(points[chunk.rows], weight1, bias1).relu_().to(dtype), weight2, bias2)
+            if slot is not None and extras.code is not None:
+                local = local + extras.code[slot[chunk.rows]].to(dtype)
+            shared = _at_least(chunk.maximum(local), extras.least_shared, chunk.groups)
+            per_group = F.linear(shared, shared_weight, bias3)[groups.member[chunk.rows] - chunk.groups.start]
+            wide = torch.addmm(per_group, local, own_weight.T).relu_()
+            largest = chunk.maximum(wide @ weight4.T).to(points.dtype) + conv4.bias
+            tokens.append(_at_least(largest, extras.least_token, chunk.groups))
     return torch.cat(tokens)
 
 

@@ -98,7 +98,7 @@ class PackedTokenEmbedding(nn.Module):
                 return embed_training(self, points, groups, keep, points.dtype, extras)
             groups, rows = groups.select(keep)
             extras = Extras(code, self._least_shared(kept, code), self._least_token(kept))
-            return embed_evaluation(self, points if rows is None else points[rows], groups, extras)
+            return embed_evaluation(self, points if rows is None else points[rows], groups, points.dtype, extras)
 
     def reference(self, points: Tensor, row_splits: Tensor) -> Tensor:
         """The definition, in plain torch, for all groups: ``[S, in_channels], [G + 1] -> [G, dim]``. The twin of :meth:`forward`."""

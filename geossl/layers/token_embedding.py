@@ -48,11 +48,11 @@ class PointTokenEmbedding(nn.Module):
         if count == 0:
             return groups.new_zeros(0, self.conv4.out_features)
         device = groups.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else groups.dtype
         if self.training:
-            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else groups.dtype
             return embed_training(self, groups.flatten(0, 1), Groups.of_size(count, size, device), keep, dtype)
         groups = groups if keep is None else groups[keep]
-        return embed_evaluation(self, groups.flatten(0, 1), Groups.of_size(groups.shape[0], size, device))
+        return embed_evaluation(self, groups.flatten(0, 1), Groups.of_size(groups.shape[0], size, device), dtype)
 
     def reference(self, groups: Tensor) -> Tensor:
         """The definition, in plain torch, for all groups: ``[G, K, in_channels] -> [G, dim]``. The twin of :meth:`forward`."""
