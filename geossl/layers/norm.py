@@ -99,7 +99,9 @@ class BatchNorm(nn.BatchNorm1d):
     def update_from_input(self, moments: Moments, linear: nn.Linear) -> None:
         """Move the running statistics towards those of ``linear``'s output, given the ``moments`` of its input."""
         weight = linear.weight.to(moments.mean.dtype)
-        mean = weight @ moments.mean + linear.bias
+        mean = weight @ moments.mean
+        if linear.bias is not None:
+            mean = mean + linear.bias
         self.update(mean, ((weight @ moments.covariance) * weight).sum(1), moments.rows)
 
 
@@ -168,6 +170,15 @@ def fold_batchnorm(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: 
     inverse_std = (((weight @ moments.covariance) * weight).sum(1).clamp(min=0) + eps).rsqrt()
     scale = norm_weight * inverse_std
     return Folded(scale[:, None] * weight, norm_bias - scale * (weight @ moments.mean), scale, inverse_std)
+
+
+def fold_running(linear: nn.Linear, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``linear`` with the evaluation-mode normalisation after it folded in; differentiable."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.running_mean if linear.bias is None else norm.running_mean - linear.bias
+    return scale[:, None] * linear.weight, norm.bias - scale * shift
 
 
 class FoldGradient(NamedTuple):

@@ -1,13 +1,19 @@
-"""Token embedding of groups with different numbers of points: the mini-PointNet of PoLAr-MAE, on packed points only."""
+"""Token embedding of groups with different numbers of points: the mini-PointNet of PoLAr-MAE, on packed points only.
+
+The definition is :meth:`PackedTokenEmbedding.reference`, plain torch; training and evaluation run the same numbers and gradients through
+:mod:`geossl.layers.fast_token_embedding`.
+"""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geossl.layers.fast_token_embedding import Extras, Groups, embed_evaluation, embed_training
 from geossl.layers.norm import BatchNorm
 from geossl.ops import segment_reduce
 
@@ -67,6 +73,7 @@ class PackedTokenEmbedding(nn.Module):
 
         Args:
             points: Points of all groups in turn, ``[S, in_channels]``, positions relative to the group's centre, in the order of slots.
+                When several processes train together, each needs points.
             row_splits: Group g is the rows ``row_splits[g]:row_splits[g + 1]``, ``[G + 1]`` int64. At most ``slots`` rows.
             keep: Numbers of the groups whose token is wanted, ``[T]`` int64; None means all. The others only enter the batch
                 statistics in training, and cost nothing in evaluation.
@@ -77,9 +84,21 @@ class PackedTokenEmbedding(nn.Module):
         Raises:
             ValueError: a shape or type is wrong, or a group has more than ``slots`` points.
         """
-        self._check(points, row_splits)
-        tokens = self.reference(points, row_splits)
-        return tokens if keep is None else tokens[keep]
+        splits = self._check(points, row_splits)
+        count = row_splits.diff()
+        kept = count if keep is None else count[keep]
+        if points.shape[0] == 0:
+            return points.new_zeros(kept.shape[0], self.conv4.out_features)
+        if any(begin == end for begin, end in pairwise(splits)):
+            return self._skip_empty_groups(points, row_splits, keep)
+        with torch.autocast(points.device.type, enabled=False):
+            code, groups = self._slot_codes(), Groups(row_splits, splits)
+            if self.training:
+                extras = Extras(code, self._least_shared(count, code), self._least_token(kept))
+                return embed_training(self, points, groups, keep, points.dtype, extras)
+            groups, rows = groups.select(keep)
+            extras = Extras(code, self._least_shared(kept, code), self._least_token(kept))
+            return embed_evaluation(self, points if rows is None else points[rows], groups, points.dtype, extras)
 
     def reference(self, points: Tensor, row_splits: Tensor) -> Tensor:
         """The definition, in plain torch, for all groups: ``[S, in_channels], [G + 1] -> [G, dim]``. The twin of :meth:`forward`."""
@@ -92,27 +111,40 @@ class PackedTokenEmbedding(nn.Module):
             code = self._slot_codes()
             if code is not None:
                 local = local + code[torch.arange(points.shape[0], device=group.device) - row_splits[group]]
-            least_shared, least_token = self._empty_rows(count, code)
-            shared = _maximum(local, row_splits, least_shared)
+            shared = _maximum(local, row_splits, self._least_shared(count, code))
             x = self.conv4(F.relu(self.norm2(self.conv3(torch.cat([shared[group], local], dim=1)))))
-            return torch.where(count[:, None] > 0, _maximum(x, row_splits, least_token), 0)
+            return torch.where(count[:, None] > 0, _maximum(x, row_splits, self._least_token(count)), 0)
+
+    def _skip_empty_groups(self, points: Tensor, row_splits: Tensor, keep: Tensor | None) -> Tensor:
+        """Embed the groups that have points; the others' tokens are zeros, and nothing else depends on them."""
+        filled = row_splits.diff() > 0
+        number = filled.cumsum(0) - 1  # of each group among those with points
+        if keep is not None:
+            filled, number = filled[keep], number[keep]
+        ends = row_splits.unique_consecutive()
+        return points.new_zeros(filled.shape[0], self.conv4.out_features).index_put((filled,), self(points, ends, number[filled]))
 
     def _slot_codes(self) -> Tensor | None:
         """Code of each slot, ``[slots, widths[1]]``."""
         return None if self.slot_linear is None else F.relu(self.slot_linear(self.slot_code))
 
-    def _empty_rows(self, count: Tensor, code: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The values that the empty slots of each group bring into the first and the second maximum, -inf for full groups."""
+    def _least_shared(self, count: Tensor, code: Tensor | None) -> Tensor | None:
+        """What the empty slots of groups with ``count [G]`` points bring into the first maximum, ``[G, widths[1]]``; -inf if full."""
         if not self.empty_slots:
-            return None, None
-        first = self.conv2(F.relu(self.norm1.bias)).expand(self.slots, -1)
+            return None
+        row = self.conv2(F.relu(self.norm1.bias)).expand(self.slots, -1)
         if code is not None:  # the empty slots are the last ones: a maximum over the slots from `count` on
-            first = first + code.flip(0).cummax(0).values.flip(0)
-        full = first.new_full((1, first.shape[1]), -torch.inf)
-        second = torch.where(count[:, None] < self.slots, self.conv4(F.relu(self.norm2.bias)), -torch.inf)
-        return torch.cat([first, full])[count], second
+            row = row + code.flip(0).cummax(0).values.flip(0)
+        return torch.cat([row, row.new_full((1, row.shape[1]), -torch.inf)])[count]
 
-    def _check(self, points: Tensor, row_splits: Tensor) -> None:
+    def _least_token(self, count: Tensor) -> Tensor | None:
+        """The same for the second maximum, ``[G, dim]``."""
+        if not self.empty_slots:
+            return None
+        return torch.where(count[:, None] < self.slots, self.conv4(F.relu(self.norm2.bias)), -torch.inf)
+
+    def _check(self, points: Tensor, row_splits: Tensor) -> list[int]:
+        """Check the arguments of :meth:`forward` and return the row splits as a list."""
         channels = self.conv1.in_features
         if points.dim() != 2 or points.shape[1] != channels or not points.is_floating_point():
             raise ValueError(
@@ -124,11 +156,19 @@ class PackedTokenEmbedding(nn.Module):
                 f"PackedTokenEmbedding: row_splits must be int64 [G + 1] (0, end of group 0, ..., {points.shape[0]}), "
                 f"got {row_splits.dtype} {list(row_splits.shape)}"
             )
-        most = int(row_splits.diff().max()) if row_splits.shape[0] > 1 else 0
+        splits = row_splits.tolist()
+        sizes = [end - begin for begin, end in pairwise(splits)]
+        if splits[0] != 0 or splits[-1] != points.shape[0] or min(sizes, default=0) < 0:
+            raise ValueError(
+                f"PackedTokenEmbedding: row_splits must start at 0, never decrease and end at the number of points ({points.shape[0]}); "
+                f"they start at {splits[0]} and end at {splits[-1]}. Make them with offsets_from_lengths of geossl.ops"
+            )
+        most = max(sizes, default=0)
         if most > self.slots:
             raise ValueError(
                 f"PackedTokenEmbedding: a group has {most} points, but slots={self.slots}; group with at most that many or raise slots"
             )
+        return splits
 
 
 def _maximum(x: Tensor, row_splits: Tensor, least: Tensor | None) -> Tensor:
