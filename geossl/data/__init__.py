@@ -25,6 +25,7 @@ from geossl.data.shapenet import ShapeNet55Config
 from geossl.data.shards import ShardOptions, ShardsConfig, check_shards, write_shards
 from geossl.data.simulate import Room, RoomError, build_room
 from geossl.data.splits import group_resplit
+from geossl.data.subset import Subset, random_subset
 
 __all__ = [
     "DATASETS",
@@ -56,6 +57,7 @@ __all__ = [
     "ShapeNet55Config",
     "ShardOptions",
     "ShardsConfig",
+    "Subset",
     "TransformsConfig",
     "build_loader",
     "build_room",
@@ -64,6 +66,7 @@ __all__ = [
     "collate",
     "group_resplit",
     "load_objects",
+    "random_subset",
     "read_gaussians",
     "read_points",
     "write_gaussians",

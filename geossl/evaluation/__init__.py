@@ -12,6 +12,7 @@ from geossl.evaluation.features import embed, pool_tokens, read_tokens
 from geossl.evaluation.prober import Prober, quick_probe
 from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore, probe
 from geossl.evaluation.report_data import save_report_data
+from geossl.evaluation.segmentation import SegmentationMeter, SegmentationScores, evaluate_segmentation
 from geossl.evaluation.summary import summarise
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "ProbeProtocol",
     "ProbeScore",
     "Prober",
+    "SegmentationMeter",
+    "SegmentationScores",
     "calibrate_batchnorm",
     "embed",
+    "evaluate_segmentation",
     "extract_features",
     "pool_tokens",
     "probe",
