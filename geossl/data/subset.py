@@ -39,6 +39,10 @@ class Subset:
         """Number of kept rows."""
         return len(self.rows)
 
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the order ``[n]`` in which an epoch visits the kept rows."""
+        return rng.permutation(len(self))
+
     def get(self, row: int, rng: np.random.Generator | None = None) -> Sample:
         """Return sample ``row`` of the kept ones, as the data set gives it."""
         return self.dataset.get(self._row(row), rng)
