@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geossl.errors import unknown_name
+
 
 class Moments(NamedTuple):
     """Mean ``[D]`` and biased covariance ``[D, D]`` of the rows entering a linear layer, and how many rows there were."""
@@ -111,6 +113,45 @@ def row_moments(rows: Tensor) -> Moments:
     centred = wide - mean
     covariance = sum_over_ranks(centred.T @ centred) / count
     return Moments(mean.to(rows.dtype), covariance.to(rows.dtype), count)
+
+
+class BatchwideNorm(nn.Module):
+    """The "masked layer norm" of PoLAr-MAE: one mean and one deviation over all rows *and* channels of the whole batch.
+
+    ``y = weight * (x - mean) / sqrt(variance + 1e-13) + bias``, without running statistics, so that in evaluation too the features of a
+    sample depend on the others in its batch. For official checkpoints; new models want ``LayerNorm``. Under several processes, each
+    normalises its own rows, as published.
+
+    Args:
+        dim: Channels.
+    """
+
+    eps = 1e-13
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[T, C]``; statistics and result are float32 (float64 for float64)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if x.numel() == 0:
+            return x
+        if x.device.type == "cpu":
+            normed = F.layer_norm(x, x.shape, eps=self.eps)
+        else:  # there, layer_norm would give this single row to a single block of threads
+            variance, mean = torch.var_mean(x, correction=0)
+            normed = (x - mean) * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias, normed, self.weight)
+
+
+def make_norm(kind: str, dim: int) -> nn.Module:
+    """Make the norm of a transformer: "layer" (each token over its channels) or "batchwide" (:class:`BatchwideNorm`)."""
+    kinds: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batchwide": BatchwideNorm}
+    if kind not in kinds:
+        raise unknown_name("norm", kind, kinds)
+    return kinds[kind](dim)
 
 
 class Folded(NamedTuple):
