@@ -139,7 +139,7 @@ class PolarMAE(nn.Module):
         groups = self.backbone.group(batch.points)
         mask = self.draw_mask(groups, random) if mask is None else mask.reshape(-1).to(device=groups.centers.device, dtype=torch.bool)
         if self.training:
-            groups = rotate_groups(groups, self.config.rotation, random)
+            groups = rotate_groups(groups, draw_rotations(self.config.rotation, random))
         decoded = self.decode(groups, mask, random)
         hidden = HiddenPoints(groups, mask, self.slots)
         prediction = self.head(decoded).to(groups.points.dtype).view(-1, self.slots, self.columns)
@@ -273,23 +273,34 @@ class HiddenPoints:
         return error / max(self.paired.shape[0], 1)
 
 
-def rotate_groups(groups: VolumeGroups, rotation: str, random: BatchRandom) -> VolumeGroups:
-    """Rotate events about the middle of the detector at random; which points make up a token does not change.
+def draw_rotations(rotation: str, random: BatchRandom) -> Tensor | None:
+    """Draw a rotation matrix for each event of a batch.
+
+    Args:
+        rotation: "event": each event gets its own, all equally likely. "batch": all get the same, ``Rx(a) Ry(b) Rz(c)`` of uniform angles
+            in [-pi, pi), as published. "none".
+        random: Source of the draws.
+
+    Returns:
+        ``[B, 3, 3]`` float32, or None for "none".
+    """
+    if rotation == "none":
+        return None
+    if rotation == "batch":
+        return euler_to_matrix((2 * random.shared(3) - 1) * math.pi).expand(random.size, 3, 3)
+    return quaternion_to_matrix(random_quaternion(random.rand(3)))
+
+
+def rotate_groups(groups: VolumeGroups, matrix: Tensor | None) -> VolumeGroups:
+    """Rotate events about the middle of the detector; which points make up a token does not change.
 
     Args:
         groups: From ``backbone.group``.
-        rotation: "event": each by a rotation of its own, all equally likely. "batch": all by the same, ``Rx(a) Ry(b) Rz(c)`` of uniform
-            angles in [-pi, pi), as published. "none".
-        random: Source of the draws.
+        matrix: Rotation of each event, ``[B, 3, 3]``; None leaves them as they are.
     """
-    if rotation == "none":
+    if matrix is None:
         return groups
-    device = groups.centers.device
-    if rotation == "batch":
-        matrix = euler_to_matrix((2 * random.shared(3) - 1) * math.pi).expand(random.size, 3, 3)
-    else:
-        matrix = quaternion_to_matrix(random_quaternion(random.rand(3)))
-    matrix = groups.segments.repeat(matrix.to(device, groups.points.dtype))  # [T, 3, 3]
+    matrix = groups.segments.repeat(matrix.to(groups.centers.device, groups.points.dtype))  # [T, 3, 3]
     position = torch.einsum("sj,sij->si", groups.points[:, :3], matrix[groups.token_of_row()])
     centers = torch.einsum("tj,tij->ti", groups.centers, matrix)
     return groups._replace(points=torch.cat([position, groups.points[:, 3:]], 1), centers=centers)

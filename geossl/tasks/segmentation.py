@@ -18,9 +18,19 @@ from torch import Tensor, nn
 
 from geossl import ops
 from geossl.config import require
-from geossl.errors import ConfigError
+from geossl.errors import CheckpointError, ConfigError, unknown_name
 from geossl.geometry import Output, PackedPoints, PointBatch
-from geossl.layers import BatchNorm, BatchRandom
+from geossl.layers import BatchNorm, BatchRandom, BlockStack, Segments, init_transformer_weights
+from geossl.layers.norm import make_norm
+from geossl.methods.polar_mae import ROTATIONS, draw_rotations, rotate_groups
+from geossl.models.point_vit_volume import (
+    VolumeGroups,
+    VolumePointViT,
+    VolumePointViTConfig,
+    convert_names,
+    convert_reference_encoder,
+    reference_encoder_config,
+)
 from geossl.tasks.registry import TASKS
 
 # Added to squared distances of normalised positions before they are inverted: the rounding unit of float32, as published.
@@ -55,6 +65,8 @@ class SegmentationConfig:
     class_weights: tuple[float, ...] = ()
     """Factor on the loss of each class. None given: 1, and in `geossl finetune` (all points) / (points of the class), counted on the
     training events."""
+    rotation: Literal["none", "event", "batch"] = "event"
+    """Random rotation in training: of every event for itself, uniformly; or, as published, one for the batch, of uniform Euler angles."""
     absent_neighbors_first: bool = False
     """Published quirk: in an event with fewer tokens than `neighbors`, the missing ones count as its first token at distance 0, which
     drowns the others. False leaves them out."""
@@ -64,6 +76,9 @@ class SegmentationConfig:
             require(getattr(self, key) >= 1, key, "must be at least 1", getattr(self, key))
         for key in ("classes", "decoder_depth", "gamma"):
             require(getattr(self, key) >= 0, key, "must not be negative", getattr(self, key))
+        for key, choices in (("freeze", ("none", "encoder", "encoder_published")), ("rotation", ROTATIONS)):
+            if getattr(self, key) not in choices:
+                raise unknown_name(key, getattr(self, key), choices)
         require(self.hidden % 2 == 0, "hidden", "must be even (the second layer has half of it)", self.hidden)
         require(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)", self.dropout)
         require(len(self.layers) > 0, "layers", "must name at least one block", self.layers)
@@ -74,6 +89,14 @@ class SegmentationConfig:
 
     def build(self, backbone: nn.Module) -> Segmentation:
         """Create the task around ``backbone`` with a fresh head."""
+        if not isinstance(backbone, VolumePointViT):
+            raise ConfigError(f"task segmentation needs a point_vit_volume_* backbone, got {type(backbone).__name__}")
+        if self.classes < 2:
+            raise ConfigError(f"classes must be at least 2, got {self.classes}")
+        depth = backbone.config.depth
+        wrong = [i for i in self.layers if not -depth <= i < depth]
+        if wrong and not self.decoder_depth:
+            raise ConfigError(f"layers: block {wrong[0]} does not exist; the backbone has {depth} (0..{depth - 1}, or -1 for the last)")
         return Segmentation(self, backbone)
 
 
@@ -174,28 +197,25 @@ class Segmentation(nn.Module):
 
     class_weights: Tensor
 
-    def __init__(self, config: SegmentationConfig, backbone: Any) -> None:
+    def __init__(self, config: SegmentationConfig, backbone: VolumePointViT) -> None:
         super().__init__()
-        if config.classes < 2:
-            raise ConfigError(f"classes must be at least 2, got {config.classes}")
-        depth, dim = backbone.config.depth, backbone.config.dim
-        wrong = [i for i in config.layers if not -depth <= i < depth]
-        if wrong and not config.decoder_depth:
-            raise ConfigError(f"layers: block {wrong[0]} does not exist; the backbone has {depth} (0..{depth - 1}, or -1 for the last)")
         self.config = config
         self.backbone = backbone
-        self.batchwide = backbone.config.norm == "batchwide"
-        use_global = config.global_features and not config.decoder_depth
+        dim = backbone.config.dim
+        self.decoder: BlockStack | None = None
+        if config.decoder_depth:
+            self.decoder = backbone.block_stack(config.decoder_depth, backbone.config.heads, backbone.config.drop_path)
+            self.decoder_norm = make_norm(backbone.config.norm, dim)
+            self.decoder.apply(init_transformer_weights)
         self.head = PointHead(
             dim,
             config.classes,
             hidden=config.hidden,
-            global_dim=2 * dim if use_global else 0,
+            global_dim=2 * dim if config.global_features and not config.decoder_depth else 0,
             dropout=config.dropout,
             neighbors=config.neighbors,
             absent_neighbors_first=config.absent_neighbors_first,
         )
-        self.decoder: nn.Module | None = None
         self.register_buffer("class_weights", torch.tensor(config.class_weights or (1.0,) * config.classes))
         if config.freeze != "none":
             backbone.requires_grad_(False)
@@ -241,6 +261,12 @@ class Segmentation(nn.Module):
         events = points if isinstance(points, PackedPoints) else PackedPoints.from_padded(points)
         groups = self.backbone.group(events)
         coord = self.backbone.normalize(events.coord)
+        if self.training:
+            matrix = draw_rotations(self.config.rotation, random or BatchRandom(len(events)))
+            groups = rotate_groups(groups, matrix)
+            if matrix is not None:
+                per_point = Segments.from_offsets(events.offsets).repeat(matrix.to(coord.device, coord.dtype))
+                coord = torch.einsum("nj,nij->ni", coord, per_point)
         feats = self.token_features(groups, random)
         token_offsets = groups.segments.offsets(coord.device)
         x = self.head.upsample(coord, events.offsets, feats, groups.centers, token_offsets)
@@ -250,13 +276,13 @@ class Segmentation(nn.Module):
         """The likeliest class of every point, ``[M]`` int64."""
         return self.log_probs(points).argmax(1)
 
-    def token_features(self, groups: Any, random: BatchRandom | None = None) -> Tensor:
+    def token_features(self, groups: VolumeGroups, random: BatchRandom | None = None) -> Tensor:
         """What the points are classified by, ``[T, dim]``: the mean of the normalised layers, or the decoder's output."""
         hidden: list[Tensor] = []
         last = self.backbone.encode(groups, random=random, intermediates=hidden)
         if self.decoder is None:
-            return fuse_layers([hidden[i] for i in self.config.layers], batchwide=self.batchwide)
-        return self.decoder(last, self.backbone.position(groups.centers), groups.segments, random=random)
+            return fuse_layers([hidden[i] for i in self.config.layers], batchwide=self.backbone.config.norm == "batchwide")
+        return self.decoder_norm(self.decoder(last, self.backbone.position(groups.centers), groups.segments, random=random))
 
     def global_features(self, feats: Tensor, token_offsets: Tensor) -> Tensor | None:
         """Maximum and mean over each event's tokens, ``[B, 2 dim]``; zeros for an event without; None where the head takes none."""
@@ -270,11 +296,16 @@ class Segmentation(nn.Module):
 
     def layer_groups(self) -> list[list[str]]:
         """Parameter name prefixes from input to output, for layer-wise learning-rate decay."""
-        return [*([f"backbone.{prefix}" for prefix in prefixes] for prefixes in self.backbone.layer_groups()), ["decoder.", "head."]]
+        return [
+            *([f"backbone.{prefix}" for prefix in prefixes] for prefixes in self.backbone.layer_groups()),
+            ["decoder.", "decoder_norm.", "head."],
+        ]
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute block activations in the backward pass."""
         self.backbone.set_grad_checkpointing(enabled)
+        if self.decoder is not None:
+            self.decoder.grad_checkpointing = enabled
 
 
 def fuse_layers(hidden: list[Tensor], *, batchwide: bool) -> Tensor:
@@ -319,35 +350,62 @@ def class_weights_of(counts: Tensor) -> tuple[float, ...]:
     return tuple(total / count if count else 0.0 for count in counts.tolist())
 
 
-_REFERENCE_HEAD = {
-    "upsampler.mlp_convs.0.": "up1.",
-    "upsampler.mlp_bns.0.": "up_norm1.",
-    "upsampler.mlp_convs.1.": "up2.",
-    "upsampler.mlp_bns.1.": "up_norm2.",
-    "seg_head.conv1.": "conv1.",
-    "seg_head.bn1.": "norm1.",
-    "seg_head.conv2.": "conv2.",
-    "seg_head.bn2.": "norm2.",
-    "seg_head.conv3.": "conv3.",
-}
-
-
-def convert_reference_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights ``upsampler.*`` and ``seg_head.*`` of an official checkpoint to :class:`PointHead`'s; others are left out.
-
-    1x1 convolutions become linear layers; the published batch norms do not count their batches, so the count is 0.
-    """
-    renamed = {}
-    for key, value in state.items():
-        for old, new in _REFERENCE_HEAD.items():
-            if key.startswith(old):
-                renamed[new + key.removeprefix(old)] = value.squeeze(-1) if value.dim() == 3 else value
-                if key.endswith("running_mean"):
-                    renamed[f"{new}num_batches_tracked"] = torch.tensor(0)
-    return renamed
-
-
 @TASKS.register
 def segmentation() -> SegmentationConfig:
     """A class for every point of an event, with the published PoLAr-MAE head."""
     return SegmentationConfig()
+
+
+def convert_segmentation_state(
+    state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> tuple[tuple[VolumePointViTConfig, SegmentationConfig], dict[str, Tensor]]:
+    """Turn an official PoLAr-MAE segmentation checkpoint into configurations and a state for :class:`Segmentation`.
+
+    Args:
+        state: Weights, already without a common prefix (see :func:`geossl.methods.polar_mae.strip_prefix`).
+        config: What the weights cannot tell, where other than released: ``layers`` (the blocks that are averaged), and what
+            :func:`geossl.models.point_vit_volume.reference_encoder_config` knows.
+
+    Raises:
+        CheckpointError: the state is not a PoLAr-MAE segmentation checkpoint.
+    """
+    config = dict(config or {})
+    encoder = convert_reference_encoder({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
+    if "seg_head.conv1.weight" not in state or "seg_head.conv3.weight" not in state or "embed.conv1.weight" not in encoder:
+        raise CheckpointError(
+            f"not a PoLAr-MAE segmentation checkpoint: expected encoder.*, upsampler.*, seg_head.*; found {sorted(state)[:8]}"
+        )
+    backbone = reference_encoder_config(encoder, config)
+    hidden, width = state["seg_head.conv1.weight"].shape[:2]
+    weights = state.get("loss_func.weight")
+    task = SegmentationConfig(
+        classes=state["seg_head.conv3.weight"].shape[0],
+        layers=tuple(config.get("layers", (3, 7, 11))),
+        hidden=hidden,
+        global_features=width > backbone.dim,
+        decoder_depth=len({key.split(".")[3] for key in state if key.startswith("seg_decoder.transformer.blocks.")}),
+        class_weights=() if weights is None else tuple(weights.tolist()),
+        rotation="batch",
+        absent_neighbors_first=True,
+    )
+    converted = {f"backbone.{key}": value for key, value in encoder.items()}
+    converted |= convert_names({key: value for key, value in state.items() if not key.startswith("encoder.")}, _REFERENCE_NAMES)
+    if weights is None:  # the plain likelihood has none
+        converted["class_weights"] = torch.ones(task.classes)
+    return (backbone, task), converted
+
+
+_REFERENCE_NAMES = {
+    "upsampler.mlp_convs.0.": "head.up1.",
+    "upsampler.mlp_bns.0.": "head.up_norm1.",
+    "upsampler.mlp_convs.1.": "head.up2.",
+    "upsampler.mlp_bns.1.": "head.up_norm2.",
+    "seg_head.conv1.": "head.conv1.",
+    "seg_head.bn1.": "head.norm1.",
+    "seg_head.conv2.": "head.conv2.",
+    "seg_head.bn2.": "head.norm2.",
+    "seg_head.conv3.": "head.conv3.",
+    "seg_decoder.transformer.blocks.": "decoder.blocks.",
+    "seg_decoder.transformer.norm.": "decoder_norm.",
+    "loss_func.weight": "class_weights",
+}

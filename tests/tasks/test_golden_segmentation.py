@@ -6,6 +6,7 @@ need no code: point the variable at their folder.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from geossl import ops
-from geossl.geometry import PackedPoints
-from geossl.tasks.segmentation import PointHead, convert_reference_head, focal_loss, fuse_layers
+import geossl
+from geossl.geometry import PackedPoints, PointBatch
+from geossl.tasks.segmentation import Segmentation, convert_segmentation_state, fuse_layers
 
 ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "polar_mae"
+
+pytestmark = [pytest.mark.golden, pytest.mark.filterwarnings("ignore:this model normalises")]
 
 
 def segmentation_cases() -> list[Path]:
@@ -32,21 +35,23 @@ def segmentation_cases() -> list[Path]:
 
 
 class Case:
-    """One golden file: its tensors, packed, and its weights."""
+    """One golden file: its tensors, packed, and the parity model built from its weights."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata()
-        self.config, self.extra = json.loads(metadata["config"]), json.loads(metadata["ctor"])
-        self.param_order: list[str] = json.loads(metadata["param_order"])
+        self.extra, self.param_order = json.loads(metadata["ctor"]), json.loads(metadata["param_order"])
+        # The points of the files are already centred and scaled.
+        self.config = json.loads(metadata["config"]) | {"center": 0.0, "scale": 1.0}
+        self.config["layers"] = self.extra.get("seg_head_fetch_layers", (3, 7, 11))
         self.state = {key.removeprefix("state."): value.float() for key, value in self.tensors.items() if key.startswith("state.")}
         self.state |= {k.removeprefix("state_x16."): v.float() / 16 for k, v in self.tensors.items() if k.startswith("state_x16.")}
-        self.events = PackedPoints.from_padded(self.tensors["in.points"], self.tensors["in.lengths"])
+        self.model: Segmentation = geossl.load_reference("polar_mae", self.state, self.config)  # type: ignore[assignment]
+        self.model.config = dataclasses.replace(self.model.config, rotation="none")
         self.point_mask, self.token_mask = self.tensors["seg.point_mask"], self.tensors["tok.emb_mask"]
-        self.label = self.tensors["in.semantic_id"][..., 0].long()[self.point_mask]
-        self.token_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.token_mask.sum(1).cumsum(0)])
-        self.has_decoder = bool(self.extra.get("seg_decoder_depth"))
+        events = PackedPoints.from_padded(self.tensors["in.points"], self.tensors["in.lengths"])
+        self.batch = PointBatch(events, point_label=self.tensors["in.semantic_id"][..., 0].long()[self.point_mask])
 
     def points(self, name: str) -> Tensor:
         return self.tensors[name][self.point_mask]
@@ -54,58 +59,92 @@ class Case:
     def tokens(self, name: str) -> Tensor:
         return self.tensors[name][self.token_mask]
 
+    def names(self) -> dict[str, str]:
+        """Our parameter name for every published one, found by converting tensors filled with a number each."""
+        keys = list(self.state)
+        _, converted = convert_segmentation_state({k: torch.full_like(self.state[k], i) for i, k in enumerate(keys)}, self.config)
+        return {keys[int(v.flatten()[0])]: name for name, v in converted.items() if not name.endswith("num_batches_tracked")}
+
 
 @pytest.fixture(scope="module", params=segmentation_cases(), ids=lambda path: path.stem)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-def close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=rtol, atol=atol)
+def close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-4, atol: float = 2e-5, name: str = "") -> None:
+    torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
 def test_a_case_is_found() -> None:
     assert segmentation_cases(), f"no segmentation case in {ROOT}; GEOSSL_GOLDEN must name a folder with a polar_mae sub-folder"
 
 
-@pytest.mark.golden
 def test_layers_are_fused_as_published(case: Case) -> None:
-    if case.has_decoder:
+    if case.model.decoder is not None:
         pytest.skip("this case has a decoder instead")
     hidden = [layer[case.token_mask] for layer in case.tensors["enc.hidden"]]
-    fused = fuse_layers([hidden[i] for i in case.extra["seg_head_fetch_layers"]], batchwide=True)
-    close(fused, case.tokens("seg.token_features"))
+    close(fuse_layers([hidden[i] for i in case.model.config.layers], batchwide=True), case.tokens("seg.token_features"))
 
 
-@pytest.mark.golden
+@torch.no_grad()
 def test_the_head_on_given_token_features(case: Case) -> None:
-    weights, feats, centers = convert_reference_head(case.state), case.tokens("seg.token_features"), case.tokens("tok.centers")
-    hidden, dim = weights["conv1.weight"].shape[0], feats.shape[1]
-    head = PointHead(
-        dim,
-        case.extra["num_classes"],
-        hidden=hidden,
-        global_dim=weights["conv1.weight"].shape[1] - dim,
-        dropout=0.5,
-        neighbors=5,
-        absent_neighbors_first=True,
-    ).eval()
-    head.load_state_dict(weights)
-    coord, offsets = case.events.coord, case.events.offsets
-    index, _ = head.token_weights(coord, offsets, centers, case.token_offsets)
-    local = index - case.token_offsets[:-1].repeat_interleave(offsets.diff())[:, None]
+    model, events, feats, centers = case.model.eval(), case.batch.points, case.tokens("seg.token_features"), case.tokens("tok.centers")
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), case.token_mask.sum(1).cumsum(0)])
+    index, _ = model.head.token_weights(events.coord, events.offsets, centers[:, :3], offsets)
+    local = index - offsets[:-1].repeat_interleave(events.lengths)[:, None]
     close(local, case.points("seg.knn_idx").long(), rtol=0, atol=0)
-    x = head.upsample(coord, offsets, feats, centers, case.token_offsets)
+    x = model.head.upsample(events.coord, events.offsets, feats, centers[:, :3], offsets)
     close(x[:, :8], case.points("seg.upsampled_first8"))
     close(x.mean(1), case.points("seg.upsampled_mean_over_channels"))
-    shared = None
-    if "seg.global_max" in case.tensors:
-        shared = torch.cat([ops.segment_reduce(feats, case.token_offsets, kind) for kind in ("max", "mean")], 1)
+    shared = model.global_features(feats, offsets)
+    if shared is not None:
         close(shared, torch.cat([case.tensors["seg.global_max"], case.tensors["seg.global_mean"]], 1))
-    log_probs = head(x, offsets, shared).log_softmax(1)
-    close(log_probs, case.points("seg.log_probs"), rtol=0, atol=1e-4)
-    assert torch.equal(log_probs.argmax(1), case.points("seg.pred").long())
-    if "loss.eval.focal" in case.tensors:
-        known = case.label >= 0
-        loss = focal_loss(log_probs[known], case.label[known], case.state["loss_func.weight"], gamma=2.0)
-        close(loss, case.tensors["loss.eval.focal"], rtol=1e-5, atol=0)
+    close(model.head(x, events.offsets, shared).log_softmax(1), case.points("seg.log_probs"), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_whole_model(case: Case) -> None:
+    model = case.model.eval()
+    close(model.token_features(model.backbone.group(case.batch.points)), case.tokens("seg.token_features"))
+    output = model(case.batch)
+    close(output.aux["log_probs"], case.points("seg.log_probs"), rtol=0, atol=1e-4)
+    close(output.loss, case.tensors["loss.eval.focal"], rtol=1e-5, atol=0)
+    assert torch.equal(model.predict(case.batch.points), case.points("seg.pred").long())
+
+
+def test_training_loss_and_every_gradient(case: Case) -> None:
+    model, t = case.model, case.tensors
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    model.head.dropout.p = 0.0
+    for stack in (model.backbone.blocks, *([] if model.decoder is None else [model.decoder])):
+        stack.drop_path_rates = [0.0] * len(stack)
+        for block in stack.blocks:
+            block.attn.dropout = 0.0
+    model.zero_grad()
+    loss = model(case.batch).loss
+    loss.backward()
+    close(loss, t["loss.train_nodrop.focal"], rtol=1e-5, atol=0)
+    ours, gradients = case.names(), {name: p.grad for name, p in model.named_parameters()}
+    for name, norm in zip(case.param_order, t["grad.norms"], strict=True):
+        gradient = gradients[ours[name]]
+        assert (gradient is None) == bool(norm.isnan()), name
+        if gradient is not None:
+            close(gradient.norm(), norm, rtol=1e-3, atol=1e-5 if name.endswith("first_conv.3.bias") else 1e-6, name=name)
+    for name, gradient in ((k.removeprefix("grad."), v) for k, v in t.items() if k.startswith("grad.") and k != "grad.norms"):
+        close(gradients[ours[name]], gradient, rtol=1e-3, atol=1e-6, name=name)
+    buffers = dict(model.named_buffers())
+    for name, value in ((k.removeprefix("bn_after."), v) for k, v in t.items() if k.startswith("bn_after.")):
+        close(buffers[ours[name]], value, rtol=0, atol=1e-6, name=name)
+    model.load_state_dict(before)
+
+
+def test_another_state_is_refused(case: Case) -> None:
+    from geossl.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="not a PoLAr-MAE segmentation checkpoint"):
+        convert_segmentation_state({k: v for k, v in case.state.items() if not k.startswith("seg_head.conv3")})
+    with pytest.raises(CheckpointError, match=r"unexpected \(1\): seg_head\.extra"):
+        geossl.load_reference("polar_mae", case.state | {"seg_head.extra": torch.zeros(1)}, case.config)
+    with pytest.raises(CheckpointError, match=r"missing \(1\): head\.norm1\.running_mean"):
+        geossl.load_reference("polar_mae", {k: v for k, v in case.state.items() if k != "seg_head.bn1.running_mean"}, case.config)
