@@ -2,6 +2,7 @@
 
     prepare_data.py folder --source MESHES --out SHARDS --points 8192     a folder of meshes or clouds -> memory-mapped shards
     prepare_data.py rooms --count 1000 --views 8 --out ROOMS --workers 4  build furnished rooms -> webdataset shards, contact sheet
+    prepare_data.py lartpc --events 1000 --out data/lartpc.h5             simulate particle events -> HDF5 as PILArNet-M has it
     prepare_data.py check --source SHARDS                                 compare every file of a set with its checksum
     prepare_data.py objects --source CATALOGUE --out FILE.npz             rebuild the embedded objects
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from geossl.config import load_config
-from geossl.data import FileOptions, ShardOptions, check_shards, write_shards
+from geossl.data import FileOptions, LArTPCFileOptions, ShardOptions, check_shards, write_lartpc, write_shards
 from geossl.data.files import read_json
 from geossl.data.objects import pack_objects
 from geossl.data.room_shards import NAME as ROOMS
@@ -45,6 +46,14 @@ class RoomsCommand(RoomShardOptions):
 
     out: Path | None = None
     """Folder to write."""
+
+
+@dataclass(kw_only=True)
+class LArTPCCommand(LArTPCFileOptions):
+    """Simulate particle events in liquid argon and write them in the layout of PILArNet-M."""
+
+    out: Path = Path("data/lartpc.h5")
+    """HDF5 file to write; its index is written beside it."""
 
 
 @dataclass(kw_only=True)
@@ -114,6 +123,20 @@ def _rooms(args: list[str]) -> int:
     return 0
 
 
+def _lartpc(args: list[str]) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    command = load_config(LArTPCCommand, None, args, prog="prepare-data lartpc")
+    options = LArTPCFileOptions(**{f.name: getattr(command, f.name) for f in fields(LArTPCFileOptions)})
+    started = time.perf_counter()
+    with Progress(TextColumn("simulating events"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=options.events)
+        count = write_lartpc(command.out, options, lambda done: bar.update(task, completed=done))
+    print(f"{command.out}: {count} events, {command.out.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
+    print(f"use it with: --data.name pilarnet --data.root {command.out}")
+    return 0
+
+
 def _check(args: list[str]) -> int:
     source = _given(load_config(CheckCommand, None, args, prog="prepare-data check").source, "source")
     index = source / "index.json"
@@ -132,7 +155,13 @@ def _objects(args: list[str]) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"folder": _folder, "rooms": _rooms, "check": _check, "objects": _objects}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "folder": _folder,
+    "rooms": _rooms,
+    "lartpc": _lartpc,
+    "check": _check,
+    "objects": _objects,
+}
 
 
 def main(argv: list[str]) -> int:

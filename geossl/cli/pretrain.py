@@ -142,7 +142,8 @@ def build_prober(config: PretrainConfig, dataset: Any) -> Prober | None:
     test = data.build("test")
     if test.channels != dataset.channels:
         raise ConfigError(
-            f"probe.data.columns {data.columns!r} differs from data.columns {config.data.columns!r}: the encoder takes the latter"
+            f"probe.data {data.name} gives {', '.join(test.columns)}, data {config.data.name} {', '.join(dataset.columns)}: "
+            "the encoder takes the latter; choose probe.data.columns alike"
         )
     return Prober(train, test, layers=list(config.probe.layers) or None, pooling=config.probe.pooling)
 
@@ -160,7 +161,7 @@ def model_card(config: PretrainConfig) -> str:
 
 An encoder of point clouds made with geossl.
 
-- input: {data.points} points, columns {data.columns} ({backbone.in_channels} numbers a point), normalised with `{data.normalize}`
+- input: {data.describe()} ({backbone.in_channels} numbers a point)
 - output: {backbone.groups} tokens of {backbone.dim} channels
 - training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
 - files: `model.safetensors` (weights), `config.json` (architecture)

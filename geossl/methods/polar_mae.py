@@ -139,7 +139,7 @@ class PolarMAE(nn.Module):
         groups = self.backbone.group(batch.points)
         mask = self.draw_mask(groups, random) if mask is None else mask.reshape(-1).to(device=groups.centers.device, dtype=torch.bool)
         if self.training:
-            groups = rotate_groups(groups, self.config.rotation, random)
+            groups = rotate_groups(groups, draw_rotations(self.config.rotation, random))
         decoded = self.decode(groups, mask, random)
         hidden = HiddenPoints(groups, mask, self.slots)
         prediction = self.head(decoded).to(groups.points.dtype).view(-1, self.slots, self.columns)
@@ -174,7 +174,7 @@ class PolarMAE(nn.Module):
 
     def predict_energy(self, hidden: HiddenPoints, decoded: Tensor) -> Tensor:
         """Predict the energy of each true point of the hidden tokens from where it is, ``[M, slots]`` (rubbish beyond its points)."""
-        patch = self.patch_embed(hidden.points[:, :3].contiguous(), hidden.row_splits)
+        patch = self.patch_embed(hidden.points[hidden.paired, :3], hidden.paired_splits)
         return self.energy_head(torch.cat([patch, decoded.to(patch.dtype)], 1)).to(hidden.points.dtype)
 
     @torch.no_grad()
@@ -190,35 +190,29 @@ class PolarMAE(nn.Module):
         output = self(batch, generator=generator)
         groups, mask = output.aux["groups"], output.aux["mask"]
         hidden = HiddenPoints(groups, mask, self.slots)
-        voxels = self.backbone.tokenizer.radius
+        token = groups.token_of_row()
+        event_of = groups.segments.repeat(torch.arange(len(batch), device=mask.device))
+        of_hidden = token[mask[token]][hidden.paired]
 
-        def place(points: Tensor, centers: Tensor) -> Tensor:
-            return torch.cat([points[:, :3] * voxels + self.backbone.denormalize(centers), points[:, 3:]], 1)
+        def place(points: Tensor, tokens: Tensor) -> Tensor:
+            position = points[:, :3] * self.backbone.tokenizer.radius + self.backbone.denormalize(groups.centers[tokens])
+            return torch.cat([position, points[:, 3:]], 1)
 
-        token, events = (
-            groups.token_of_row(),
-            torch.repeat_interleave(
-                torch.arange(len(batch), device=mask.device), torch.tensor(groups.segments.lengths, device=mask.device)
-            ),
-        )
-        first = hidden.in_slot
+        of_visible = token[~mask[token]]
         made = {
-            "visible": (place(groups.points, groups.centers[token])[~mask[token]], events[token[~mask[token]]]),
-            "hidden": (place(hidden.points, groups.centers[hidden.token])[first], events[hidden.token[first]]),
-            "reconstruction": (
-                place(output.aux["prediction"][hidden.number[first], hidden.slot[first]], groups.centers[hidden.token[first]]),
-                events[hidden.token[first]],
-            ),
-            "centers": (self.backbone.denormalize(groups.centers), events),
-            "center_hidden": (mask, events),
+            "visible": (place(groups.points[~mask[token]], of_visible), of_visible),
+            "hidden": (place(hidden.points[hidden.paired], of_hidden), of_hidden),
+            "reconstruction": (place(hidden.predicted(output.aux["prediction"]), of_hidden), of_hidden),
+            "centers": (self.backbone.denormalize(groups.centers), torch.arange(len(mask), device=mask.device)),
+            "center_hidden": (mask, torch.arange(len(mask), device=mask.device)),
         }
         if self.config.energy:
-            made["hidden_energy"] = (output.aux["energy"][hidden.number[first], hidden.slot[first]], events[hidden.token[first]])
+            made["hidden_energy"] = (hidden.predicted(output.aux["energy"]), of_hidden)
         columns = [batch.points.coord] + ([] if batch.points.feats is None else [batch.points.feats])
         inputs = torch.cat(columns, 1).split(batch.points.lengths.tolist())
         pictures = []
         for event, points in enumerate(inputs):
-            shown = {"input": points} | {name: values[owner == event] for name, (values, owner) in made.items()}
+            shown = {"input": points} | {name: values[event_of[tokens] == event] for name, (values, tokens) in made.items()}
             pictures.append({name: value.cpu().numpy() for name, value in shown.items()})
         return pictures
 
@@ -238,67 +232,75 @@ class PolarMAE(nn.Module):
 
 
 class HiddenPoints:
-    """The true points of the hidden tokens, and how predictions for ``slots`` points a token compare with them.
+    """The true points of the hidden tokens, and which prediction of a token belongs to which of them: the n-th to the n-th.
 
     Args:
         groups: All tokens.
         mask: Which are hidden, ``[T]`` bool.
-        slots: Points predicted for each. A token can only have more with left-over points (``full_coverage``): those count as targets of
-            the Chamfer distance, but their energies are not predicted.
+        slots: Predictions for each. Only with left-over points (``full_coverage``) can a token have more points than that: they are
+            targets of the Chamfer distance, but no energy is predicted for them.
 
     Attributes:
-        points: ``[S, in_channels]``, relative to the centre; one hidden token after the other.
-        row_splits: Token m of the hidden ones is the rows ``row_splits[m]:row_splits[m + 1]``, ``[M + 1]``.
-        token: Number of the token each row belongs to among all, ``[S]``.
-        number: Among the hidden ones, ``[S]``.
-        slot: Its place in the token, ``[S]``.
-        in_slot: Whether that is below ``slots``, ``[S]`` bool.
+        points: ``[S, in_channels]``, relative to the centre, one hidden token after the other.
+        row_splits: Hidden token m has the rows ``row_splits[m]:row_splits[m + 1]``, ``[M + 1]``.
+        paired: Rows of ``points`` that have a prediction, ``[P]``.
+        paired_splits: The same for hidden token m among those, ``[M + 1]``.
+        place: Where the prediction stands among all ``M * slots``, ``[P]``.
     """
 
     def __init__(self, groups: VolumeGroups, mask: Tensor, slots: int) -> None:
-        token = groups.token_of_row()
-        rows = mask[token].nonzero()[:, 0]
         count = groups.row_splits.diff()[mask]
-        self.slots = slots
+        self.points = groups.points[mask[groups.token_of_row()]]
         self.row_splits = ops.offsets_from_lengths(count)
-        self.points = groups.points[rows]
-        self.token = token[rows]
-        self.number = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count, output_size=rows.shape[0])
-        self.slot = torch.arange(rows.shape[0], device=count.device) - self.row_splits[self.number]
-        self.in_slot = self.slot < slots
+        token = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count, output_size=self.points.shape[0])
+        slot = torch.arange(self.points.shape[0], device=count.device) - self.row_splits[token]
+        self.paired = (slot < slots).nonzero()[:, 0]
+        self.paired_splits = ops.offsets_from_lengths(count.clamp(max=slots))
+        self.place = (token * slots + slot)[self.paired]
+
+    def predicted(self, prediction: Tensor) -> Tensor:
+        """The predictions for the paired points, ``[M, slots, ...] -> [P, ...]``."""
+        return prediction.flatten(0, 1).index_select(0, self.place)
 
     def chamfer(self, prediction: Tensor) -> Tensor:
         """Chamfer distance of the first predictions ``[M, slots, columns]``, as many as a token has points; mean over tokens."""
-        columns = prediction.shape[2]
-        first = self.in_slot
-        predicted = prediction[self.number[first], self.slot[first]]
-        splits = ops.offsets_from_lengths(self.row_splits.diff().clamp(max=self.slots))
-        return ops.chamfer_distance_packed(predicted, splits, self.points[:, :columns].contiguous(), self.row_splits)
+        target = self.points[:, : prediction.shape[2]].contiguous()
+        return ops.chamfer_distance_packed(self.predicted(prediction), self.paired_splits, target, self.row_splits)
 
     def energy_error(self, energy: Tensor) -> Tensor:
         """Mean squared error of the energies ``[M, slots]`` over all points of the batch; 0 without any."""
-        first = self.in_slot
-        error = F.mse_loss(energy[self.number[first], self.slot[first]], self.points[first, 3], reduction="sum")
-        return error / max(int(first.sum()), 1)
+        error = F.mse_loss(self.predicted(energy), self.points[self.paired, 3], reduction="sum")
+        return error / max(self.paired.shape[0], 1)
 
 
-def rotate_groups(groups: VolumeGroups, rotation: str, random: BatchRandom) -> VolumeGroups:
-    """Rotate events about the middle of the detector at random; which points make up a token does not change.
+def draw_rotations(rotation: str, random: BatchRandom) -> Tensor | None:
+    """Draw a rotation matrix for each event of a batch.
+
+    Args:
+        rotation: "event": each event gets its own, all equally likely. "batch": all get the same, ``Rx(a) Ry(b) Rz(c)`` of uniform angles
+            in [-pi, pi), as published. "none".
+        random: Source of the draws.
+
+    Returns:
+        ``[B, 3, 3]`` float32, or None for "none".
+    """
+    if rotation == "none":
+        return None
+    if rotation == "batch":
+        return euler_to_matrix((2 * random.shared(3) - 1) * math.pi).expand(random.size, 3, 3)
+    return quaternion_to_matrix(random_quaternion(random.rand(3)))
+
+
+def rotate_groups(groups: VolumeGroups, matrix: Tensor | None) -> VolumeGroups:
+    """Rotate events about the middle of the detector; which points make up a token does not change.
 
     Args:
         groups: From ``backbone.group``.
-        rotation: "event": each by a rotation of its own, all equally likely. "batch": all by the same, ``Rx(a) Ry(b) Rz(c)`` of uniform
-            angles in [-pi, pi), as published. "none".
-        random: Source of the draws.
+        matrix: Rotation of each event, ``[B, 3, 3]``; None leaves them as they are.
     """
-    if rotation == "none":
+    if matrix is None:
         return groups
-    device = groups.centers.device
-    if rotation == "batch":
-        matrix = euler_to_matrix((2 * random.shared(3) - 1) * math.pi).expand(random.size, 3, 3)
-    else:
-        matrix = quaternion_to_matrix(random_quaternion(random.rand(3)))
-    matrix = groups.segments.repeat(matrix.to(device, groups.points.dtype))  # [T, 3, 3]
+    matrix = groups.segments.repeat(matrix.to(groups.centers.device, groups.points.dtype))  # [T, 3, 3]
     position = torch.einsum("sj,sij->si", groups.points[:, :3], matrix[groups.token_of_row()])
     centers = torch.einsum("tj,tij->ti", groups.centers, matrix)
     return groups._replace(points=torch.cat([position, groups.points[:, 3:]], 1), centers=centers)

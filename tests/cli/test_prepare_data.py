@@ -16,7 +16,18 @@ import pytest
 import trimesh
 
 from geossl.cli import run
-from geossl.data import FileOptions, ModelNet40Config, ShardOptions, ShardsConfig, build_loader, check_shards, write_shards
+from geossl.data import (
+    FileOptions,
+    LArTPCOptions,
+    ModelNet40Config,
+    PILArNetConfig,
+    ShardOptions,
+    ShardsConfig,
+    build_loader,
+    check_shards,
+    simulate_event,
+    write_shards,
+)
 from geossl.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -76,9 +87,28 @@ def test_modelnet_text_files_are_converted_as_documented(tmp_path: Path) -> None
         assert all(np.allclose(shards.get(row).points, text.get(row).points, atol=1e-5) for row in range(len(text)))
 
 
+def test_events_are_simulated_and_read_with_the_printed_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "train" / "events.h5"
+    flags = ["lartpc", "--events", "20", "--seed", "3", "--version", "2", "--simulation.vertices", "2", "2", "--out", str(out)]
+    assert run("prepare-data", flags) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "20 events" in printed
+    assert f"use it with: --data.name pilarnet --data.root {out}" in printed
+    dataset = PILArNetConfig(root=out).build("train")
+    assert len(dataset) == 20
+    assert np.array_equal(dataset.read(17).voxel, simulate_event(3, 17, LArTPCOptions(vertices=(2, 2))).voxel)
+    first = out.read_bytes()
+    out.unlink()
+    assert run("prepare-data", [*flags, "--processes", "2"]) == 0
+    assert out.read_bytes() == first
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["lartpc", "--version", "3"], "version must be 1 or 2, got 3"),
+        (["lartpc", "--events", "0"], "events must be at least 1, got 0"),
+        (["lartpc", "--simulation.vertices", "3", "1"], "simulation.vertices must be two rising numbers of at least 1, got (3, 1)"),
         (["folder", "--out", "x"], "--source is needed"),
         (["folder", "--source", "nowhere", "--out", "x"], "nowhere: this folder does not exist"),
         (["folder", "--sauce", "x"], "unknown flag '--sauce'; did you mean '--source'"),

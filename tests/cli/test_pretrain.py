@@ -278,8 +278,11 @@ def test_a_checkpoint_that_would_run_code(finished: Path, tmp_path: Path, capsys
         (["--train.batch_size", "100000"], "train.batch_size must not be more than the data set"),
         (["--train.batch_size", "9", "--train.accumulate", "2"], "train.batch_size: 9 does not divide by the 1 processes times"),
         (["--data.name", "shapenet55", "--data.root", "absent"], "absent"),
-        (["--data.columns", "xyz+normal"], "backbone.in_channels is 3, but data.columns 'xyz+normal' gives 6"),
-        (["--probe.every", "1", "--probe.data.name", "objects", "--probe.data.columns", "all"], "probe.data.columns 'all' differs"),
+        (["--data.columns", "xyz+normal"], "in_channels is 3, but data set objects gives 6 numbers a point (xyz, normal)"),
+        (
+            ["--probe.every", "1", "--probe.data.name", "objects", "--probe.data.columns", "all"],
+            "probe.data objects gives xyz, normal, rgb, data objects xyz",
+        ),
         (["--backbone.heads", "5"], "backbone.heads must divide dim"),
         (["--resume", "elsewhere"], "elsewhere: no checkpoint there"),
         (["--train.parallel", "fsdp"], "needs torchrun"),

@@ -206,11 +206,11 @@ def test_activations_and_losses(pretraining: Pretraining) -> None:
         decoded = model.decode(groups, mask)
         close(decoded, t["dec.out"][t["mask.masked"]])
         output = model(pretraining.batch, mask=mask)
-        first = HiddenPoints(groups, mask, model.slots)
+        hidden_points = HiddenPoints(groups, mask, model.slots)
         close(output.aux["prediction"], t["head.pred_points"])
         close(output.metrics["chamfer"], t["loss.eval.chamfer"], rtol=1e-5, atol=0)
         if model.config.energy:
-            close(model.patch_embed(first.points[:, :3].contiguous(), first.row_splits), t["head.patch_embed"])
+            close(model.patch_embed(hidden_points.points[:, :3], hidden_points.row_splits), t["head.patch_embed"])
             close(output.aux["energy"], t["head.pred_energy"])
             close(output.metrics["energy"], t["loss.eval.energy"], rtol=1e-5, atol=0)
 

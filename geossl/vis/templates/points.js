@@ -32,6 +32,13 @@ class Cloud {
     for (let i = 0; i < this.n; i++) this.rgb.set(color(i, (xyz[3 * i + 2] - low) / Math.max(high - low, 1e-6)), 3 * i);
     this.occlusion(); this.shadow();
   }
+  painted(color) {
+    // The same points in other colours, light and shadow shared.
+    const copy = Object.create(this);
+    copy.rgb = new Uint8ClampedArray(3 * this.n);
+    for (let i = 0; i < this.n; i++) copy.rgb.set(color(i), 3 * i);
+    return copy;
+  }
   occlusion() {
     // Mean spacing gives the size of the spheres; how much lies above and around a point gives its ambient light.
     const { xyz, n } = this, reach = 0.25, light = new Float32Array(n);
@@ -143,6 +150,17 @@ function render(canvas, cloud, view) {
     }
   }
   context.putImageData(image, 0, 0);
+}
+
+function pointAt(canvas, x, y) {
+  // The point drawn at a place (shares of the width and height) of the canvas that was rendered last, or near it; -1 for none.
+  const W = canvas.width, H = canvas.height, px = Math.round(x * W), py = Math.round(y * H);
+  let best = -1, gap = 1e9;
+  for (let Y = Math.max(0, py - 8); Y <= Math.min(H - 1, py + 8); Y++) for (let X = Math.max(0, px - 8); X <= Math.min(W - 1, px + 8); X++) {
+    const i = scratch.id[Y * W + X], d = (X - px) ** 2 + (Y - py) ** 2;
+    if (i >= 0 && d < gap) { gap = d; best = i; }
+  }
+  return best;
 }
 
 // Views that share a state turn together. Only what is on screen is drawn.
