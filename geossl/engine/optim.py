@@ -76,8 +76,8 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     """Make AdamW over the trainable parameters of ``module``, grouped by weight decay and layer.
 
     Not decayed (unless ``decay_all``): parameters with fewer than two dimensions, biases, and the names in
-    ``module.no_weight_decay()``. With ``layer_decay``, ``module.layer_groups()`` gives prefixes of parameter names from input to output; each group carries its factor on
-    the learning rate as ``lr_scale``.
+    ``module.no_weight_decay()``. With ``layer_decay``, ``module.layer_groups()`` gives prefixes of parameter names from input to
+    output; each group carries its factor on the learning rate as ``lr_scale``.
 
     Raises:
         ConfigError: nothing to train, or layer decay with a module that has no ``layer_groups``.
