@@ -170,7 +170,7 @@ def model_card(config: PretrainConfig) -> str:
 An encoder of point clouds made with geossl.
 
 - input: {data.describe()} ({backbone.in_channels} numbers a point)
-- output: {backbone.groups} tokens of {backbone.dim} channels
+- output: {backbone.describe()}
 - training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
 - files: `model.safetensors` (weights), `config.json` (architecture)
 

@@ -10,6 +10,7 @@ furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrg
 
 from geossl.data.augment import AugmentConfig
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
+from geossl.data.event_files import read_events
 from geossl.data.events import Event, EventDataConfig, EventDataset, event_sample
 from geossl.data.folder import FileOptions, FolderConfig
 from geossl.data.gaussian_ply import read_gaussians, write_gaussians
@@ -80,6 +81,7 @@ __all__ = [
     "group_resplit",
     "load_objects",
     "random_subset",
+    "read_events",
     "read_gaussians",
     "read_points",
     "simulate_event",
