@@ -91,7 +91,7 @@ def packed(cloud: np.ndarray) -> str:
 
 
 def _energy_byte(energy: np.ndarray) -> np.ndarray:
-    """The normalised log energy from -0.7 to 0.3 as 0..255: with the published normalisation 0.14 to 3.3 MeV, where nearly all voxels are."""
+    """The normalised log energy from -0.7 to 0.3 as 0..255: where nearly all voxels are (0.14 to 3.3 MeV as published)."""
     return np.round(255 * np.clip(energy + 0.7, 0, 1)).astype(np.uint8)
 
 
