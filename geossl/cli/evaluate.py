@@ -51,7 +51,7 @@ class EvaluateConfig:
     pooling: Literal["mean", "mean_max", "max"] = "mean"
     """How the tokens of an object become one vector."""
     batch_size: int = 32
-    """Objects per forward pass; of events 4 (published), whatever stands here."""
+    """Objects per forward pass. (The token probe takes 4 events, as published.)"""
     tokens: int = 15_000
     """Events: tokens of each part that the token probe takes (published)."""
     instances: bool = False
