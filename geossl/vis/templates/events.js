@@ -42,8 +42,8 @@ function attentionView(index, state) {
   const paint = () => {
     const d = eventData(index);
     if (asked < 0) asked = d.token[Math.floor(d.token.length / 2)];
-    text.textContent = `attention of token ${asked + 1} of ${e.tokens}: click another`;
-    return d.cloud.painted((i) => (d.token[i] === asked ? [60, 220, 235] : rampColor("cool", d.attention[asked * e.tokens + d.token[i]] / 255)));
+    text.textContent = `attention of token ${asked + 1} of ${e.tokens}, red: click another`;
+    return d.cloud.painted((i) => (d.token[i] === asked ? [240, 70, 60] : rampColor("cool", d.attention[asked * e.tokens + d.token[i]] / 255)));
   };
   const view = new View(canvas, paint, state, { limit: 400, label: `Attention of a token of ${e.name}` });
   let down = null;
