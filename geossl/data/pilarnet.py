@@ -327,8 +327,9 @@ def write_pilarnet(path: Path, events: Iterable[Event], version: int = 1) -> int
                 array.resize((len(counts),))
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        atomic_write(index_path(path), lambda file: np.save(file, np.array(counts, dtype=np.int64)))
+        index_path(path).unlink(missing_ok=True)  # never that of another file; a missing one is made when the file is read
         temporary.replace(path)
+        atomic_write(index_path(path), lambda file: np.save(file, np.array(counts, dtype=np.int64)))
     except OSError as error:
         raise DataError(f"{path}: could not be written ({error})") from error
     finally:

@@ -216,6 +216,11 @@ def test_a_killed_conversion_of_events_continues(workers: int, many_events: Path
     assert index == write_event_shards(many_events, tmp_path / "straight", EventShardOptions(events_per_shard=8))
 
 
+def written(root: Path) -> dict[str, int]:
+    """When each shard was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("shard_*/shard.json")}
+
+
 def killed_and_continued(flags: list[str], out: Path, shards: int, build: Callable[[Path], object]) -> dict[str, Any]:
     """Run ``prepare-data``, kill it after some shards, run it again, and return the index."""
     program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *flags, "--out", str(out)]
@@ -228,14 +233,14 @@ def killed_and_continued(flags: list[str], out: Path, shards: int, build: Callab
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert wait_for(lambda: group_is_gone(process.pid), 20), "workers outlived the killed program"
 
-    done = {path.name: path.stat().st_ino for path in out.glob("shard_*")}
+    done = written(out)
     assert 5 <= len(done) < shards
     assert not json.loads((out / "index.json").read_text())["complete"]
     with pytest.raises(DataError, match="interrupted; run the same prepare_data command again"):
         build(out)
 
     subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
-    after = {path.name: path.stat().st_ino for path in out.glob("shard_*")}
+    after = written(out)
     assert len(after) == shards
     assert {name: after[name] for name in done} == done, "finished shards were converted again"
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []

@@ -103,17 +103,21 @@ def test_workers_do_not_change_the_shards(shard_set: Path, source: Path, tmp_pat
         assert path.read_bytes() == (tmp_path / "other" / path.relative_to(shard_set)).read_bytes()
 
 
+def written(root: Path) -> dict[str, int]:
+    """When each shard was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("shard_*/shard.json")}
+
+
 def test_finished_shards_are_kept_and_others_made_again(shard_set: Path, source: Path, events: list[Event]) -> None:
     options, before = EventShardOptions(events_per_shard=4), read_index(shard_set)
-    inodes = {path.name: path.stat().st_ino for path in shard_set.glob("shard_*")}
+    made = written(shard_set)
     told: list[tuple[int, int, int]] = []
     assert write_event_shards(source, shard_set, options, lambda *values: told.append(values)) == before
     assert told[-1] == (37, 37, 0)
-    assert {path.name: path.stat().st_ino for path in shard_set.glob("shard_*")} == inodes
+    assert written(shard_set) == made
     write_pilarnet(source / "val" / "c.h5", events[:3])
     after = write_event_shards(source, shard_set, options)
-    changed = {path.name for path in shard_set.glob("shard_*") if path.stat().st_ino != inodes[path.name]}
-    assert changed == {"shard_00008"}
+    assert {name for name, time in written(shard_set).items() if time != made[name]} == {"shard_00008"}
     assert [shard["events"] for shard in after["shards"]][-2:] == [2, 3]
     assert not (shard_set / "shard_00009").exists()
 
