@@ -162,9 +162,9 @@ def embed_evaluation(module: nn.Module, points: Tensor, groups: Groups, dtype: t
         for chunk in groups.chunks:
             local = F.linear(F.linear(points[chunk.rows], weight1, bias1).relu_().to(dtype), weight2, bias2)
             if slot is not None and extras.code is not None:
-                local = local + extras.code[slot[chunk.rows]].to(dtype)
+                local = local + extras.code.to(dtype).index_select(0, slot[chunk.rows])
             shared = _at_least(chunk.maximum(local), extras.least_shared, chunk.groups)
-            per_group = F.linear(shared, shared_weight, bias3)[groups.member[chunk.rows] - chunk.groups.start]
+            per_group = F.linear(shared, shared_weight, bias3).index_select(0, groups.member[chunk.rows] - chunk.groups.start)
             wide = torch.addmm(per_group, local, own_weight.T).relu_()
             largest = chunk.maximum(wide @ weight4.T).to(points.dtype) + conv4.bias
             tokens.append(_at_least(largest, extras.least_token, chunk.groups))
@@ -292,7 +292,7 @@ def _first_half(
         hidden[part] = torch.addmm(fold.bias, points[part], fold.weight.T).relu_()
         torch.addmm(bias2, hidden[part], conv2, out=local[part])
         if slot is not None and extras.code is not None:
-            local[part] += extras.code.to(dtype)[slot[part]]
+            local[part] += extras.code.to(dtype).index_select(0, slot[part])
         shared[chunk.groups], shared_row[chunk.groups] = chunk.first_maximum(local[part])
         wide = local[part].to(points.dtype)
         shift = shift if len(shift) else wide.mean(0)
@@ -332,7 +332,7 @@ def _second_half(
 
 def _rows(x: Tensor, index: Tensor | None, part: slice) -> Tensor:
     """The rows ``index[part]`` of ``x``, or ``x[part]`` without an index."""
-    return x[part] if index is None else x[index[part]]
+    return x[part] if index is None else x.index_select(0, index[part])
 
 
 def _second_half_backward(
@@ -401,7 +401,7 @@ def _first_half_backward(
     grad_points = torch.empty_like(points) if want_points else None
     for chunk in groups.chunks:
         part = chunk.rows
-        grad = torch.addmm(from_shared[groups.member[part]], local[part], own)
+        grad = from_shared.index_select(0, groups.member[part]).addmm_(local[part], own)
         grad += _rows(grad_local_kept, place, part)
         grad.scatter_add_(0, shared_row[chunk.groups].clamp(min=0), grad_shared[chunk.groups])
         grad_conv2 += grad.T @ hidden[part]
