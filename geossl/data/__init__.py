@@ -10,6 +10,8 @@ furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrg
 
 from geossl.data.augment import AugmentConfig
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
+from geossl.data.event_files import read_events
+from geossl.data.event_shards import EventShardOptions, EventShardsConfig, write_event_shards
 from geossl.data.events import Event, EventDataConfig, EventDataset, event_sample
 from geossl.data.folder import FileOptions, FolderConfig
 from geossl.data.gaussian_ply import read_gaussians, write_gaussians
@@ -26,7 +28,8 @@ from geossl.data.scanobjectnn import ScanObjectNNConfig
 from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
 from geossl.data.scene_readers import RGBDFolderConfig, SUNRGBDConfig, TransformsConfig
 from geossl.data.shapenet import ShapeNet55Config
-from geossl.data.shards import ShardOptions, ShardsConfig, check_shards, write_shards
+from geossl.data.shard_store import check_shards
+from geossl.data.shards import ShardOptions, ShardsConfig, write_shards
 from geossl.data.simulate import LArTPCOptions, Room, RoomError, build_room, simulate_event
 from geossl.data.splits import group_resplit
 from geossl.data.subset import Subset, random_subset
@@ -38,6 +41,8 @@ __all__ = [
     "Event",
     "EventDataConfig",
     "EventDataset",
+    "EventShardOptions",
+    "EventShardsConfig",
     "FileOptions",
     "FolderConfig",
     "LArTPCConfig",
@@ -80,9 +85,11 @@ __all__ = [
     "group_resplit",
     "load_objects",
     "random_subset",
+    "read_events",
     "read_gaussians",
     "read_points",
     "simulate_event",
+    "write_event_shards",
     "write_gaussians",
     "write_lartpc",
     "write_pilarnet",

@@ -123,7 +123,7 @@ class LArTPCFileOptions:
     """Events of fewer voxels are drawn anew; 0 takes them as they come."""
     simulation: LArTPCOptions = field(default_factory=LArTPCOptions)
     """What is in an event."""
-    processes: int = 1
+    workers: int = 1
     """Processes that simulate; the file is the same for any number."""
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class LArTPCFileOptions:
         require(self.seed >= 0, "seed", "must not be negative", self.seed)
         require(self.version in (1, 2), "version", "must be 1 or 2", self.version)
         require(self.min_points >= 0, "min_points", "must not be negative", self.min_points)
-        require(self.processes >= 1, "processes", "must be at least 1", self.processes)
+        require(self.workers >= 1, "workers", "must be at least 1", self.workers)
 
 
 def write_lartpc(path: Path, options: LArTPCFileOptions, progress: Callable[[int], None] = lambda done: None) -> int:
@@ -149,7 +149,7 @@ def write_lartpc(path: Path, options: LArTPCFileOptions, progress: Callable[[int
     def events() -> Iterator[Event]:
         tasks = [(options, range(first, min(first + _AT_ONCE, options.events))) for first in range(0, options.events, _AT_ONCE)]
         done = 0
-        with worker_map(min(options.processes, len(tasks))) as run:
+        with worker_map(min(options.workers, len(tasks))) as run:
             for made in run(_simulate, tasks):
                 for event in made:
                     yield event

@@ -54,10 +54,10 @@ class PILArNetFile:
 
     def __init__(self, path: Path) -> None:
         self.path = existing(path)
-        self._opened: tuple[int, Any] | None = None
-        self._count = len(self._array("point"))
-        others = {name: len(self._array(name)) for name in ("cluster", "cluster_extra") if name == "cluster" or name in self._file()}
-        differing = [f"{name} {count}" for name, count in others.items() if count != self._count]
+        self._opened: tuple[int, dict[str, Any]] | None = None
+        arrays = self._arrays()
+        self._count = len(arrays["point"])
+        differing = [f"{name} {len(array)}" for name, array in arrays.items() if len(array) != self._count]
         if differing:
             raise DataError(f"{path}: has {self._count} events in point, but {', '.join(differing)}; the file is incomplete")
         self.version = self._find_version()
@@ -66,36 +66,31 @@ class PILArNetFile:
         """Number of events."""
         return self._count
 
-    def _file(self) -> Any:
-        """Return this process's handle: HDF5's must not be shared with a forked one."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            import h5py
-
-            try:
-                # Nothing is written, so no lock is needed; many network file systems have none to give.
-                self._opened = os.getpid(), h5py.File(self.path, "r", locking=False)
-            except OSError as error:
-                raise DataError(f"{self.path}: cannot be read as HDF5; it is damaged, truncated or of another kind ({error})") from error
-        return self._opened[1]
-
-    def _array(self, name: str) -> Any:
-        """Return an array of rows of variable length."""
+    def _arrays(self) -> dict[str, Any]:
+        """Return this process's handles of the arrays, by name: HDF5's must not be shared with a forked one."""
+        if self._opened is not None and self._opened[0] == os.getpid():
+            return self._opened[1]
         import h5py
 
-        file = self._file()
-        if name not in file:
-            raise DataError(
-                f"{self.path}: has no array {name}; it holds {', '.join(file) or 'none'}, expected point and cluster (PILArNet-M)"
-            )
-        array = file[name]
-        inner = h5py.check_vlen_dtype(array.dtype) if isinstance(array, h5py.Dataset) else None
-        if inner is None or np.dtype(inner).kind not in "iuf" or array.ndim != 1:
-            raise DataError(f"{self.path}: {name} must hold one row of numbers of variable length for each event, got {array}")
-        return array
+        try:
+            # Nothing is written, so no lock is needed; many network file systems have none to give.
+            file = h5py.File(self.path, "r", locking=False)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read as HDF5; it is damaged, truncated or of another kind ({error})") from error
+        arrays = {}
+        for name in ("point", "cluster", *(["cluster_extra"] if "cluster_extra" in file else [])):
+            if name not in file:
+                raise DataError(f"{self.path}: has no array {name}; it holds {', '.join(file) or 'none'}, PILArNet-M has point and cluster")
+            array = arrays[name] = file[name]
+            inner = h5py.check_vlen_dtype(array.dtype) if isinstance(array, h5py.Dataset) else None
+            if inner is None or np.dtype(inner).kind not in "iuf" or array.ndim != 1:
+                raise DataError(f"{self.path}: {name} must hold one row of numbers of variable length for each event, got {array}")
+        self._opened = os.getpid(), arrays
+        return arrays
 
     def _rows(self, name: str, key: int | slice) -> Any:
         try:
-            return self._array(name)[key]
+            return self._arrays()[name][key]
         except (OSError, RuntimeError) as error:
             raise DataError(f"{self.path}: {name} of event {key} cannot be read; the file is damaged or truncated ({error})") from error
 
@@ -135,7 +130,7 @@ class PILArNetFile:
             bad = int(whole.argmin())
             raise DataError(f"{source}: point {bad} lies at {coord[bad].tolist()}, expected voxel indices 0..{GRID - 1}")
         extra = None
-        if "cluster_extra" in self._file():
+        if "cluster_extra" in self._arrays():
             extra = self._rows("cluster_extra", row)
             if len(extra) * width != len(cluster) * EXTRA_COLUMNS:
                 raise DataError(f"{source}: cluster_extra has {len(extra)} numbers, expected {EXTRA_COLUMNS} for each cluster")
@@ -332,8 +327,9 @@ def write_pilarnet(path: Path, events: Iterable[Event], version: int = 1) -> int
                 array.resize((len(counts),))
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        atomic_write(index_path(path), lambda file: np.save(file, np.array(counts, dtype=np.int64)))
+        index_path(path).unlink(missing_ok=True)  # never that of another file; a missing one is made when the file is read
         temporary.replace(path)
+        atomic_write(index_path(path), lambda file: np.save(file, np.array(counts, dtype=np.int64)))
     except OSError as error:
         raise DataError(f"{path}: could not be written ({error})") from error
     finally:

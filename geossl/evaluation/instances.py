@@ -8,7 +8,7 @@ attend to each other, and the clusters are compared with the true particles, bes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -81,10 +81,6 @@ class InstanceScore:
     adjusted_rand: float
     purity: float
     events: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return asdict(self)
 
 
 def score_instances(
@@ -168,7 +164,7 @@ def instance_table(scores: Sequence[InstanceScore]) -> Any:
     table = Table(title=f"Particles found by clustering tokens, {scores[0].events} events, number of particles given", title_justify="left")
     table.add_column("clustered by")
     for linkage in LINKAGES:
-        table.add_column(f"adjusted Rand index, {linkage} linkage", justify="right")
+        table.add_column(f"ARI, {linkage} linkage", justify="right")
         table.add_column("purity", justify="right")
     by_key = {(score.what, score.linkage): score for score in scores}
     for name in dict.fromkeys(score.what for score in scores):

@@ -78,7 +78,21 @@ class VolumeTokenizer:
         """
         if self.reduction == "energy" and energy is None:
             raise ValueError('VolumeTokenizer: reduction="energy" needs the energy of every point, got None')
-        centers, center_offsets = self._choose_centers(coord, offsets)
+        return self.members(coord, offsets, *self.choose_centers(coord, offsets), energy)
+
+    def choose_centers(self, coord: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """The first half: rows of the points that become centres ``[T]``, and the tokens of each event ``[B + 1]``."""
+        distance = 2 * self.radius * self.overlap
+        if self.seeds is None:
+            kept = ops.centrality_nms(coord, distance, max_neighbors=self.max_neighbors, offsets=offsets)
+            return kept.index, kept.offsets
+        candidates, candidate_offsets = ops.farthest_point_sample(coord, self.seeds, offsets=offsets)
+        rows = torch.where(candidates < 0, torch.nan, coord[candidates].T).T  # -1: an event with fewer finite points
+        kept = ops.centrality_nms(rows, distance, max_neighbors=self.max_neighbors, offsets=candidate_offsets)
+        return candidates[kept.index], kept.offsets
+
+    def members(self, coord: Tensor, offsets: Tensor, centers: Tensor, center_offsets: Tensor, energy: Tensor | None) -> VolumeTokens:
+        """The second half: the points around given centres."""
         ball = ops.ball_query(
             coord[centers], coord, self.radius, self.ball_points, query_offsets=center_offsets, offsets=offsets, mode="first"
         )
@@ -91,16 +105,6 @@ class VolumeTokenizer:
             index, row_splits = _highest(index, row_splits, energy[index], self.slots)
         tokens = VolumeTokens(centers, center_offsets, index, row_splits)
         return _cover(tokens, coord, offsets) if self.full_coverage else tokens
-
-    def _choose_centers(self, coord: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        distance = 2 * self.radius * self.overlap
-        if self.seeds is None:
-            kept = ops.centrality_nms(coord, distance, max_neighbors=self.max_neighbors, offsets=offsets)
-            return kept.index, kept.offsets
-        candidates, candidate_offsets = ops.farthest_point_sample(coord, self.seeds, offsets=offsets)
-        rows = torch.where(candidates < 0, torch.nan, coord[candidates].T).T  # -1: an event with fewer finite points
-        kept = ops.centrality_nms(rows, distance, max_neighbors=self.max_neighbors, offsets=candidate_offsets)
-        return candidates[kept.index], kept.offsets
 
 
 TOKENIZERS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from geossl.errors import unknown_name
+from geossl.errors import CheckpointError, unknown_name
 from geossl.methods import point_mae, polar_mae
 from geossl.models.checkpoints import load_state, read_reference_state
 from geossl.models.point_vit import PointViT
@@ -44,6 +44,19 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
         raise unknown_name("reference system", system, REFERENCES)
     model = REFERENCES[system](source if isinstance(source, Mapping) else os.fspath(source), config)
     return model.eval()
+
+
+def find_system(source: str | os.PathLike[str]) -> str:
+    """Tell which system an official checkpoint file is of, by the names of its weights: a key of ``REFERENCES``.
+
+    Raises:
+        CheckpointError: the file is unsafe, damaged, or of no system that is known.
+    """
+    names = read_reference_state(source, skip_objects=True)
+    for system, marker in (("polar_mae", "encoder.pos_embed.pos_enc.0.weight"), ("point_mae", "pos_embed.0.weight")):
+        if any(name.endswith(marker) for name in names):
+            return system
+    raise CheckpointError(f"{source}: of none of the systems {', '.join(REFERENCES)}; its weights are {sorted(names)[:8]}")
 
 
 def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:

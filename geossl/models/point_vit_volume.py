@@ -128,6 +128,10 @@ class VolumePointViTConfig:
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(TOKENIZERS[self.tokens], reduction=self.reduction, full_coverage=self.full_coverage, **given)
 
+    def describe(self) -> str:
+        """What comes out, in words."""
+        return f"as many tokens as an event needs, balls of {self.tokenizer().radius:g} voxels, of {self.dim} channels"
+
     def build(self) -> VolumePointViT:
         """Create the backbone with fresh weights."""
         return VolumePointViT(self)
@@ -162,6 +166,8 @@ class VolumePointViT(nn.Module):
         self.num_features = config.dim
         self.feature_info = [FeatureInfo(f"blocks.{i}", config.dim) for i in range(config.depth)]
         self.tokenizer = config.tokenizer()
+        # How features reach points, as published: from so many tokens, with this added to squared distances (in voxels).
+        self.interpolation = 5, torch.finfo(torch.float32).eps / config.scale**2
         self.embed = PackedTokenEmbedding(
             config.dim,
             config.in_channels,

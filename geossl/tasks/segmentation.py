@@ -46,7 +46,7 @@ class SegmentationConfig:
     classes: int = 0
     """Number of classes; 0 means: as many as the data set has."""
     layers: tuple[int, ...] = (3, 7, 11)
-    """Encoder blocks whose outputs are averaged (from 0; negative ones count from the end)."""
+    """Encoder blocks whose outputs are averaged (from 0; negative ones count from the end). Those behind the deepest are not trained."""
     hidden: int = 512
     """Width of the head's first layer; its second has half of it."""
     dropout: float = 0.5
@@ -219,6 +219,11 @@ class Segmentation(nn.Module):
         self.register_buffer("class_weights", torch.tensor(config.class_weights or (1.0,) * config.classes))
         if config.freeze != "none":
             backbone.requires_grad_(False)
+        elif not config.decoder_depth:
+            # What lies behind the deepest layer that is read gets no gradient, which several processes would wait for.
+            deepest = max(i % backbone.config.depth for i in config.layers)
+            backbone.blocks.blocks[deepest + 1 :].requires_grad_(False)
+            backbone.norm.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Segmentation:
         """Set the mode of all parts; a frozen encoder stays in evaluation mode."""

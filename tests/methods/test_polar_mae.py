@@ -15,7 +15,7 @@ from geossl.errors import CheckpointError, ConfigError, UnknownNameError
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.layers import BatchRandom
 from geossl.methods import METHODS, PolarMAE
-from geossl.methods.polar_mae import HiddenPoints, random_quaternion, rotate_groups
+from geossl.methods.polar_mae import HiddenPoints, draw_rotations, random_quaternion, rotate_groups
 
 PARITY = {"norm": "batchwide", "empty_slots": True, "exact_voxels": False}
 
@@ -151,7 +151,7 @@ def test_parts_of_a_batch_draw_what_the_whole_batch_draws():
 def test_rotations_turn_events_about_the_middle_and_keep_distances(rotation):
     method, batch = tiny().eval(), events(60, 90, 70)
     groups = method.backbone.group(batch.points)
-    turned = rotate_groups(groups, rotation, BatchRandom(3, seeded()))
+    turned = rotate_groups(groups, draw_rotations(rotation, BatchRandom(3, seeded())))
     assert torch.equal(turned.points[:, 3:], groups.points[:, 3:])
     torch.testing.assert_close(turned.points[:, :3].norm(dim=1), groups.points[:, :3].norm(dim=1))
     torch.testing.assert_close(turned.centers.norm(dim=1), groups.centers.norm(dim=1))

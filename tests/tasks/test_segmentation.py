@@ -122,6 +122,17 @@ def test_a_frozen_encoder_keeps_its_weights(freeze):
     assert bool(moved) == (freeze == "encoder_published")
 
 
+def test_what_is_never_read_is_not_trained():
+    task = tiny({"final_norm": True}, layers=(0, 1)).train()
+    task(batch()).loss.backward()
+    trained, moved = ({n for n, p in task.named_parameters() if f(p)} for f in (lambda p: p.requires_grad, lambda p: p.grad is not None))
+    assert trained == moved
+    assert not any(name.startswith(("backbone.norm.", "backbone.blocks.blocks.2.")) for name in trained)
+    task = tiny({"final_norm": True}, layers=(0, 1), decoder_depth=1).train()
+    task(batch()).loss.backward()
+    assert all(p.grad is not None for p in task.parameters())
+
+
 def test_training_rotates_by_the_generator():
     task, data = tiny(rotation="event").train(), batch()
     losses = [task(data, generator=torch.Generator().manual_seed(seed)).loss.item() for seed in (0, 0, 1)]

@@ -177,7 +177,7 @@ class _Simulation:
         momentum_beta = kinetic * (kinetic + 2 * MASS[particle]) / (kinetic + MASS[particle])
         middle, direction, end = self.walk(bunch, owner, step, _highland(momentum_beta))
         loss = _fluctuate(rng, np.maximum(MINIMUM_LOSS, _BRAGG[particle] * residual**-_BRAGG_POWER))
-        self.deposits.append((middle, loss, bunch.fragment[owner]))
+        self.deposit(middle, direction, loss, bunch.fragment[owner])
         if particle == PROTON:
             return []
         born = np.flatnonzero((rng.random(len(owner)) < STEP / _DELTA_SPACING) & _inside(middle))
@@ -230,7 +230,7 @@ class _Simulation:
         photon = share * (left - loss)
         middle, direction, _ = self.walk(bunch, owner, step, _highland(left * (left + 2 * MASS[ELECTRON]) / (left + MASS[ELECTRON])))
         hard = photon > _SOFT_MEV
-        self.deposits.append((middle, loss + np.where(hard, 0.0, photon), bunch.fragment[owner]))
+        self.deposit(middle, direction, loss + np.where(hard, 0.0, photon), bunch.fragment[owner])
         return _Bunch(middle[hard], direction[hard], photon[hard], bunch.fragment[owner[hard]])
 
     def convert(self, bunch: _Bunch) -> _Bunch:
@@ -284,6 +284,18 @@ class _Simulation:
         after = bunch.position[owner] + way
         last = np.flatnonzero(np.append(step[1:] == 0, True)) if len(step) else np.zeros(0, dtype=np.int64)
         return after - 0.5 * STEP * direction, direction, after[last]
+
+    def deposit(self, middle: np.ndarray, direction: np.ndarray, energy: np.ndarray, fragment: np.ndarray) -> None:
+        """Note the energies of steps, shared out among the voxels that a step crosses by its length in each."""
+        start, way = (middle - 0.5 * STEP * direction) / PITCH, STEP / PITCH * direction
+        before, after = np.floor(start), np.floor(start + way)
+        with np.errstate(divide="ignore", invalid="ignore"):  # along axes on which nothing is crossed
+            cut = np.where(before == after, 1.0, (np.maximum(before, after) - start) / way)
+        ends = np.sort(np.column_stack([np.zeros(len(cut)), cut, np.ones(len(cut))]), axis=1)
+        length = np.diff(ends, axis=1)
+        step, part = np.nonzero(length > 0)
+        place = start[step] + (ends[step, part] + 0.5 * length[step, part])[:, None] * way[step]
+        self.deposits.append((place * PITCH, energy[step] * length[step, part], fragment[step]))
 
     def voxelise(self) -> Event:
         """Sum the deposits in voxels, each of the fragment that left most in it, and order them by fragment."""

@@ -9,7 +9,7 @@ function eventData(index) {
   if (!events.has(index)) {
     const e = DATA.events.items[index], bytes = (key, Type = Uint8Array) => (e[key] === undefined ? null : decode(e[key], Type));
     const found = { energy: bytes("energy"), token: bytes("token", Uint16Array), label: bytes("label", Int8Array), predicted: bytes("predicted", Int8Array), hidden: bytes("hidden"), attention: bytes("attention"), colors: bytes("colors"), colors_residual: bytes("colors_residual") };
-    found.cloud = new Cloud(xyzOf(e.coord), (i) => rampColor("warm", found.energy[i] / 255));
+    found.cloud = new Cloud(xyzOf(e.coord), (i) => rampColor("warm", found.energy[i] / 255), Infinity, false);
     events.set(index, found);
   }
   return events.get(index);
@@ -18,7 +18,7 @@ function predictedEvent(index) {
   const e = DATA.events.items[index], visible = xyzOf(e.visible), predicted = xyzOf(e.reconstruction), energy = decode(e.reconstruction_energy, Uint8Array);
   const both = new Float32Array(visible.length + predicted.length), first = visible.length / 3;
   both.set(visible); both.set(predicted, visible.length);
-  return new Cloud(both, (i) => (i < first ? GREY : rampColor("warm", energy[i - first] / 255)), first);
+  return new Cloud(both, (i) => (i < first ? GREY : rampColor("warm", energy[i - first] / 255)), first, false);
 }
 function eventViews(index) {
   // Title, cloud and, where points can be picked, what to do with the token of the one picked.
@@ -42,8 +42,8 @@ function attentionView(index, state) {
   const paint = () => {
     const d = eventData(index);
     if (asked < 0) asked = d.token[Math.floor(d.token.length / 2)];
-    text.textContent = `attention of token ${asked + 1} of ${e.tokens}: click another`;
-    return d.cloud.painted((i) => (d.token[i] === asked ? [60, 220, 235] : rampColor("cool", d.attention[asked * e.tokens + d.token[i]] / 255)));
+    text.textContent = `attention of token ${asked + 1} of ${e.tokens}, red: click another`;
+    return d.cloud.painted((i) => (d.token[i] === asked ? [240, 70, 60] : rampColor("cool", d.attention[asked * e.tokens + d.token[i]] / 255)));
   };
   const view = new View(canvas, paint, state, { limit: 400, label: `Attention of a token of ${e.name}` });
   let down = null;
@@ -58,7 +58,7 @@ function attentionView(index, state) {
   return el("div", {}, el("div", { class: "stage" }, canvas), text);
 }
 function heroEvents() {
-  const state = { spin: 0.25, yaw: -0.7 }, canvas = el("canvas"), caption = el("span");
+  const state = { spin: 0.25, yaw: -0.7, zoom: 1.3 }, canvas = el("canvas"), caption = el("span");
   $("hero").append(canvas, el("figcaption", {}, caption, el("span", {}, "coloured by energy")));
   const view = new View(canvas, () => eventData(0).cloud, state, { limit: 620, label: "A particle event, turning" });
   let shown = -1;
@@ -77,11 +77,11 @@ function eventsPanel() {
   const section = $("events"), { items } = DATA.events;
   if (!items.length) return;
   const masked = items.some((e) => e.hidden);
-  heading(section, "Events", `Events the training never saw (where the data has a held-out part), as the encoder sees them. Energy is logarithmic, from dark (0.1 MeV) to bright (about 12 MeV).${masked ? " Of the tokens, the teal ones are visible to the encoder, the orange ones hidden; what the decoder predicts in their place is coloured by energy." : ""} Attention is that of the last block, mean over its heads; embeddings are the last block's, and the same after a linear fit of position was taken out. Drag to turn.`, el("div", {}, classLegend()));
+  heading(section, "Events", `Events the training never saw (where the data has a held-out part), as the encoder sees them. Energy is logarithmic, dark low and bright high.${masked ? " Of the tokens, the teal ones are visible to the encoder, the orange ones hidden; what the decoder predicts in their place is coloured by energy." : ""} Attention is that of the last block, mean over its heads; embeddings are the last block's, and the same after a linear fit of position was taken out. Drag to turn.`, el("div", {}, classLegend()));
   const list = el("div", { class: "events" });
   section.append(list);
   items.forEach((e, index) => {
-    const state = { spin: 0.2, yaw: -0.55 - 0.4 * index }, grid = el("div", { class: "views" });
+    const state = { spin: 0.2, yaw: -0.55 - 0.4 * index, zoom: 1.35 }, grid = el("div", { class: "views" });
     for (const [title, cloud] of eventViews(index)) {
       const canvas = el("canvas");
       new View(canvas, cloud, state, { limit: 400, label: `${title}, ${e.name}` });

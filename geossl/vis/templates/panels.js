@@ -69,8 +69,8 @@ function curvesPanel() {
   if (DATA.curve) {
     const c = DATA.curve;
     lineChart(card("wide"), { title: c.title, height: 260, format: percent, baselines: c.baselines, series: [
-      ...Object.entries(c.classes).map(([name, y]) => ({ name, color: DATA.palette[Math.max(DATA.events.classes.indexOf(name), 0)], x: c.step, y, width: 1.3 })),
       { name: c.name, color: "var(--accent-2)", x: c.step, y: c.mean, band: c.std, width: 2.4, dots: true },
+      ...Object.entries(c.classes).map(([name, y]) => ({ name, color: DATA.palette[Math.max(DATA.events.classes.indexOf(name), 0)], x: c.step, y, width: 1.3 })),
       ...(c.official ? [{ name: "official", color: "var(--faint)", x: c.step, y: c.official, width: 1.4, dashed: true }] : []),
     ] });
   }
@@ -246,13 +246,14 @@ function neighborsPanel() {
 
 /* ---- shared by probes and segmentation ----------------------------------------------------------------------------------- */
 function confusionGrid(counts, names) {
-  const k = counts.length, grid = el("div", { class: "confusion", style: `grid-template-columns: 112px repeat(${k}, minmax(0, 1fr))` });
+  const k = counts.length, grid = el("div", { class: "confusion", style: `grid-template-columns: 112px repeat(${k}, minmax(0, 1fr)); max-width: ${112 + 76 * k}px` });
   const title = (i) => names[i].replaceAll("_", " ");
   counts.forEach((row, i) => {
     const total = row.reduce((a, b) => a + b, 0);
     grid.append(el("span", { class: "name" }, title(i)));
     row.forEach((count, j) => {
       const share = total ? count / total : 0, cell = el("span", { class: "cell", style: `background: color-mix(in srgb, var(${i === j ? "--accent" : "--accent-2"}) ${Math.round(100 * Math.sqrt(share))}%, var(--grid))` });
+      if (k <= 8) cell.textContent = percent(share);
       cell.addEventListener("pointermove", (e) => showTip(e, el("div", {}, `${count} of ${total} `, el("b", {}, title(i)), i === j ? " recognised" : " taken for ", i === j ? "" : el("b", {}, title(j)))));
       cell.addEventListener("pointerleave", hideTip);
       grid.append(cell);

@@ -22,15 +22,17 @@ function decode(base64, Type) {
 }
 
 class Cloud {
-  // xyz: Float32Array [3 n]; color(i, height 0..1) -> [r, g, b]; grows: points from this index on can be shrunk away (0..1)
-  constructor(xyz, color, grows = Infinity) {
+  // xyz: Float32Array [3 n]; color(i, height 0..1) -> [r, g, b]; grows: points from this index on can be shrunk away (0..1);
+  // stands: on a floor, which catches its shadow
+  constructor(xyz, color, grows = Infinity, stands = true) {
     this.xyz = xyz; this.n = xyz.length / 3; this.grows = grows;
     let low = Infinity, high = -Infinity;
     for (let i = 2; i < xyz.length; i += 3) { low = Math.min(low, xyz[i]); high = Math.max(high, xyz[i]); }
     this.low = low; this.high = high;
     this.rgb = new Uint8ClampedArray(3 * this.n);
     for (let i = 0; i < this.n; i++) this.rgb.set(color(i, (xyz[3 * i + 2] - low) / Math.max(high - low, 1e-6)), 3 * i);
-    this.occlusion(); this.shadow();
+    this.occlusion(); this.ground = null;
+    if (stands) this.shadow();
   }
   painted(color) {
     // The same points in other colours, light and shadow shared.
@@ -123,7 +125,7 @@ function render(canvas, cloud, view) {
   const step = Math.max(1, Math.round(W / 200)), strength = document.documentElement.dataset.theme === "dark" ? 165 : 105;
   for (let Y = 0; Y < H; Y++) {
     // The floor: on one row of pixels the ray length and the depth are constant.
-    const up = -(Y - H / 2) / F, fall = -sp + up * cp, t = fall < -1e-3 ? (cloud.floor - D * sp) / fall : -1;
+    const up = -(Y - H / 2) / F, fall = -sp + up * cp, t = ground && fall < -1e-3 ? (cloud.floor - D * sp) / fall : -1;
     const rowY = -D * cp + t * (cp + up * sp);
     for (let X = 0; X < W; X++) {
       const at = Y * W + X, o = 4 * at, i = id[at];
