@@ -3,27 +3,35 @@
     evaluate.py MODEL [CONFIG.yaml] [--data.name objects] [--layers 3 5] [--per-class] [--out scores.json]
 
 MODEL is a run folder, an export folder, a hub id or the registered name of a backbone (then with random weights). Without flags for
-the data, a run folder is probed on the data set it was trained on.
+the data, a run folder is probed on the data set it was trained on. On particle events, tokens are probed for the classes of their points.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from geossl.config import load_config, read_yaml, registry_field, require, split_arguments
-from geossl.data import DATASETS
+from geossl.data import DATASETS, EventDataConfig, EventDataset, Subset
 from geossl.data.files import atomic_write
-from geossl.data.sample import COLUMN_NAMES, Columns
+from geossl.data.sample import COLUMN_NAMES
 from geossl.errors import ConfigError, DataError
-from geossl.evaluation import PROBES, ProbeProtocol, Prober
+from geossl.evaluation import PROBES, InstanceScore, ProbeProtocol, Prober, TokenProbeProtocol, TokenProber, score_instances
+from geossl.evaluation.instances import instance_table
 from geossl.evaluation.summary import class_table, confusion_table, summarise, table_of
+from geossl.evaluation.token_probe import token_table
+
+INSTANCE_EVENTS = 50
+"""Events whose particles are looked for."""
 
 # What a run says about its data that a probe of it needs, too.
-_RUN_DATA_KEYS = ("name", "root", "points", "columns", "normalize")
+_RUN_DATA_KEYS = (
+    *("name", "root", "points", "columns", "normalize"),
+    *("events", "val_events", "seed", "energy_threshold", "max_energy", "remove_led", "min_points"),
+)
 
 
 @dataclass(kw_only=True)
@@ -43,7 +51,11 @@ class EvaluateConfig:
     pooling: Literal["mean", "mean_max", "max"] = "mean"
     """How the tokens of an object become one vector."""
     batch_size: int = 32
-    """Objects per forward pass."""
+    """Objects per forward pass. (The token probe takes 4 events, as published.)"""
+    tokens: int = 15_000
+    """Events: tokens of each part that the token probe takes (published)."""
+    instances: bool = False
+    """Events: also cluster tokens by their attention and print how well the clusters are the true particles."""
     seed: int = 0
     """Initialisation of the random baselines."""
     per_class: bool = False
@@ -56,6 +68,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.resplits >= 1, "resplits", "must be at least 1", self.resplits)
         require(self.batch_size >= 1, "batch_size", "must be at least 1", self.batch_size)
+        require(self.tokens >= 1, "tokens", "must be at least 1", self.tokens)
         require(len(self.probes) > 0, "probes", f"must name at least one of {', '.join(PROBES)}", self.probes)
 
 
@@ -72,8 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(EvaluateConfig, path, args, prog="evaluate MODEL")
     backbone = load_model(name, config.data)
     config.data = fitting_columns(config.data, int(backbone.in_channels))
-    summary = evaluate(name, backbone, config)
-    show(summary, config)
+    if isinstance(config.data, EventDataConfig):
+        summary = evaluate_events(name, backbone, config)
+        show_events(summary)
+    else:
+        summary = evaluate(name, backbone, config)
+        show(summary, config)
     out = config.out or (Path(name) if Path(name).is_dir() else Path()) / f"evaluation_{config.data.name}.json"
     atomic_write(out, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
     print(f"written to {out}")
@@ -101,11 +118,45 @@ def evaluate(name: str, backbone: Any, config: EvaluateConfig) -> dict[str, Any]
     )
 
 
-def show(summary: dict[str, Any], config: EvaluateConfig) -> None:
-    """Print the tables and one line that says how far the encoder is from the bar."""
+def evaluate_events(name: str, backbone: Any, config: EvaluateConfig) -> dict[str, Any]:
+    """Probe the tokens of ``backbone``, and on request its attention, and every baseline; returns the JSON object that is written."""
+    if config.layers:
+        raise ConfigError("layers: tokens of events are probed as the last block leaves them; leave it empty")
+    if not hasattr(backbone, "attention_maps"):
+        raise ConfigError(
+            f"data: events need a point_vit_volume_* backbone, got {backbone.config.name}; choose other data, such as objects"
+        )
+    train, test = config.data.build("train"), config.data.build("test")
+    prober = TokenProber(train, test, protocol=TokenProbeProtocol(tokens=config.tokens))
+    summary = prober.summary(backbone, config.seed, model=name, architecture=backbone.config.name, data=config.data.name)
+    if config.instances:
+        few = Subset(test, range(min(len(test), INSTANCE_EVENTS)))
+        layers = sorted({len(backbone.feature_info) // 2, len(backbone.feature_info) - 1})
+        summary["instances"] = [asdict(score) for score in score_instances(backbone, few, layers=layers, seed=config.seed)]
+    return summary
+
+
+def show_events(summary: dict[str, Any]) -> None:
+    """Print the tables of the token probe and of the clusters by attention, and how far the encoder is from the bar."""
+    console = _console()
+    console.print(token_table(summary))
+    found = summary["verdict"]
+    lead = 100 * found["lead"]
+    place = "above" if lead >= 0 else "below"
+    console.print(f"macro F1: {100 * found['macro_f1']:.1f} %, {abs(lead):.1f} points {place} the calibrated random encoder")
+    if "instances" in summary:
+        console.print(instance_table([InstanceScore(**score) for score in summary["instances"]]))
+
+
+def _console() -> Any:
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def show(summary: dict[str, Any], config: EvaluateConfig) -> None:
+    """Print the tables and one line that says how far the encoder is from the bar."""
+    console = _console()
     console.print(table_of(summary))
     shown = "svm" if "svm" in config.probes else config.probes[0]
     if config.per_class:
@@ -130,7 +181,7 @@ def load_model(name: str, data: Any) -> Any:
     if name in list_backbones() and not Path(name).exists():
         torch.manual_seed(0)
         print(f"{name}: a registered name, so the weights are random", file=sys.stderr)
-        return create_backbone(name, in_channels=_channels(data.columns)).eval()
+        return create_backbone(name, in_channels=_channels(data)).eval()
     return load(name)
 
 
@@ -140,19 +191,21 @@ def fitting_columns(data: Any, in_channels: int) -> Any:
     Raises:
         DataError: the columns do not fit and could be several things.
     """
-    if _channels(data.columns) == in_channels:
+    if _channels(data) == in_channels:
         return data
+    if isinstance(data, EventDataConfig):
+        raise DataError(f"the backbone takes {in_channels} columns but events have {_channels(data)} (position and energy)")
     columns = {3: "xyz", 9: "all"}.get(in_channels)
     if columns is None:
         raise DataError(
-            f"the backbone takes {in_channels} columns but data.columns={data.columns!r} gives {_channels(data.columns)}; "
+            f"the backbone takes {in_channels} columns but data.columns={data.columns!r} gives {_channels(data)}; "
             "say which with --data.columns xyz+normal or xyz+rgb"
         )
     return replace(data, columns=columns)
 
 
-def _channels(columns: Columns) -> int:
-    return 3 * len(COLUMN_NAMES[columns])
+def _channels(data: Any) -> int:
+    return EventDataset.channels if isinstance(data, EventDataConfig) else 3 * len(COLUMN_NAMES[data.columns])
 
 
 def _data_of_run(model: Path) -> list[str]:
@@ -164,5 +217,12 @@ def _data_of_run(model: Path) -> list[str]:
                 return []
             known = {f.name for f in fields(DATASETS.config(section["name"]))}
             kept = [(key, section[key]) for key in _RUN_DATA_KEYS if key in section and key in known]
-            return [text for key, value in kept for text in (f"--data.{key}", str(value))]
+            return [text for key, value in kept for text in _flag(key, value)]
     return []
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """One data setting as it is said on the command line."""
+    if isinstance(value, bool):
+        return [f"--data.{key}" if value else f"--data.no_{key}"]
+    return [f"--data.{key}", str(value)]

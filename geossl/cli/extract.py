@@ -3,7 +3,7 @@
     extract_features.py MODEL SOURCE --out features.npz [--output points|tokens|global] [--layers 3 5] [--points 1024]
 
 MODEL is a run folder, an export folder or a hub id. SOURCE is a point cloud or mesh file, a folder of them, or a data set such as
-``objects`` or ``objects:test``.
+``objects`` or ``objects:test``; for a model of particle events, PILArNet-M's HDF5 or an event as npz.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ExtractConfig:
     out: Path | None = None
     """File to write: ``.npz`` or ``.safetensors`` with coord, offsets, feats and one name per cloud."""
     output: Literal["points", "tokens", "global"] = "points"
-    """A feature for every point (interpolated from the three nearest tokens), for every token, or one vector per cloud."""
+    """A feature for every point (interpolated from the nearest tokens), for every token, or one vector per cloud."""
     layers: tuple[int, ...] = ()
     """Blocks whose normed outputs are read, side by side (negative counts from the end); none given: the last."""
     pooling: Literal["mean_max", "mean", "max"] = "mean_max"
@@ -38,11 +38,11 @@ class ExtractConfig:
     """Bring a cloud into the unit sphere before encoding (default: files yes, data sets as they are)."""
     columns: Columns | None = None
     """Columns to read where the backbone does not say: xyz, xyz+normal, xyz+rgb or all."""
-    batch_size: int = 32
-    """Clouds per forward pass."""
+    batch_size: int | None = None
+    """Clouds per forward pass (default: 32; 1 for a backbone that normalises over the whole batch)."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size", "must be at least 1", self.batch_size)
+        require(self.batch_size is None or self.batch_size >= 1, "batch_size", "must be at least 1", self.batch_size)
         require(self.points is None or self.points >= 1, "points", "must be at least 1", self.points)
 
 

@@ -22,12 +22,15 @@ from torch import nn
 
 from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, set_up_messages, tell_changes
 from geossl.config import load_config, registry_field, require, split_arguments, to_yaml
-from geossl.data import DATASETS, build_loader
+from geossl.data import DATASETS, Subset, build_loader, random_subset
 from geossl.engine import Hooks, OptimConfig, TrainConfig, World, seed_everything, start_world, stop_world, train
 from geossl.errors import CheckpointError, ConfigError
+from geossl.evaluation import evaluate_segmentation, save_segmentation_data
+from geossl.evaluation.token_probe import has_point_labels
 from geossl.models import BACKBONES, load
 from geossl.models.checkpoints import load_state
-from geossl.tasks import TASKS
+from geossl.tasks import TASKS, SegmentationConfig
+from geossl.tasks.segmentation import class_weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +40,32 @@ class FinetuneConfig:
     task: Any = registry_field(TASKS, default="classification")  # noqa: RUF009 - makes a dataclass field
     """Task: head and loss."""
     weights: str | None = None
-    """Pretrained weights: a run or export folder, a hub id, or an official checkpoint file (.pth); null starts from random ones."""
+    """Pretrained weights: a run or export folder, a hub id, or an official checkpoint file (.pth, .ckpt); null starts from random ones."""
     backbone: Any = registry_field(BACKBONES, default=None)  # noqa: RUF009
     """Encoder; null is the one the weights belong to. Name it to change numbers the weights do not depend on (groups, drop_path)."""
     data: Any = registry_field(DATASETS, default="objects")  # noqa: RUF009
-    """Data set with classes: trained on its training part, evaluated on its test part."""
+    """Data set with classes (of whole clouds or of points, as the task needs): trained on its training part, evaluated on its test part."""
+    labelled_samples: int = 0
+    """Train on so many samples only (100 labelled events, say), chosen at random by labelled_seed: smaller choices are part of larger
+    ones, and train.seed does not change them. 0 takes all."""
+    labelled_seed: int = 0
+    """Which samples labelled_samples chooses."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, warmup=50, clip=10.0))
     """Optimiser and schedule."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(run_folder=Path("runs/finetune"), steps=1000, batch_size=32))
     """Length, size and machinery of the training."""
     evaluate_every: int = 250
     """Steps between two evaluations on the test part; the last step is always evaluated."""
+    evaluate_samples: int = 0
+    """Evaluate on the first so many samples of the test part; 0 takes all."""
     resume: str = "none"
     """`auto` continues the run in train.run_folder from its newest intact checkpoint, if it has any; or the path of a checkpoint or run
     folder; `none` starts anew."""
 
     def __post_init__(self) -> None:
         require(self.evaluate_every >= 1, "evaluate_every", "must be at least 1", self.evaluate_every)
+        for key in ("labelled_samples", "labelled_seed", "evaluate_samples"):
+            require(getattr(self, key) >= 0, key, "must not be negative", getattr(self, key))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,8 +81,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def finetune(config: FinetuneConfig, world: World) -> int:
     """Fine-tune as ``config`` says, as one of the processes of ``world``; returns the exit code."""
-    dataset, test = config.data.build("train"), config.data.build("test")
-    check_labels(dataset)
+    dataset, test = labelled_part(config), config.data.build("test")
+    if config.evaluate_samples:
+        test = Subset(test, range(min(config.evaluate_samples, len(test))))
+    segments = isinstance(config.task, SegmentationConfig)
+    check_labels(dataset, per_point=segments)
     config = dataclasses.replace(config, task=with_classes(config.task, dataset))
     loader = batches(dataset, config.train, world)
     seed_everything(config.train.seed)
@@ -86,14 +101,18 @@ def finetune(config: FinetuneConfig, world: World) -> int:
     def report(module: nn.Module, folder: Path) -> None:
         from geossl.vis import write_report
 
+        if segments:
+            scores = evaluate_segmentation(module, test, batch_size=config.train.batch_size)
+            save_segmentation_data(folder, module, test, scores, seed=config.train.seed)
         log.info("report: %s", write_report(folder))
 
+    def scores(module: nn.Module) -> dict[str, float]:
+        if segments:
+            return evaluate_segmentation(module, test, batch_size=config.train.batch_size).scalars()
+        return accuracy(module, test, config.train.batch_size)
+
     hooks = Hooks(
-        probe=lambda module: accuracy(module, test, config.train.batch_size),
-        probe_every=config.evaluate_every,
-        best="accuracy",
-        export=export,
-        report=report,
+        probe=scores, probe_every=config.evaluate_every, best="macro_f1" if segments else "accuracy", export=export, report=report
     )
     settings = dataclasses.replace(config, resume="none", train=dataclasses.replace(config.train, overwrite=False))
     if config.resume != "none" and world.is_main:
@@ -102,8 +121,22 @@ def finetune(config: FinetuneConfig, world: World) -> int:
     return exit_code(result, config.train.run_folder)
 
 
-def check_labels(dataset: Any) -> None:
-    """Check that every training sample has a class."""
+def labelled_part(config: FinetuneConfig) -> Any:
+    """The training part, or the few samples of it that are to be used."""
+    dataset = config.data.build("train")
+    if not config.labelled_samples:
+        return dataset
+    if config.labelled_samples > len(dataset):
+        raise ConfigError(f"labelled_samples: {config.labelled_samples} were asked for, but {config.data.name} has {len(dataset)}")
+    return random_subset(dataset, config.labelled_samples, config.labelled_seed)
+
+
+def check_labels(dataset: Any, *, per_point: bool = False) -> None:
+    """Check that every training sample has a class, or its points have."""
+    if per_point:
+        if not has_point_labels(dataset):
+            raise ConfigError(f"data: the points of {dataset.config.name} have no classes, which task segmentation needs; choose lartpc")
+        return
     missing = int((dataset.labels < 0).sum())
     if not dataset.classes or missing:
         hint = "; use --data.subset labelled" if hasattr(dataset.config, "subset") else ""
@@ -111,10 +144,24 @@ def check_labels(dataset: Any) -> None:
 
 
 def with_classes(task: Any, dataset: Any) -> Any:
-    """Fill in the number of classes where the task leaves it to the data."""
+    """Fill in the number of classes, and how a segmentation weighs them, where the task leaves that to the data."""
     if task.classes and task.classes != len(dataset.classes):
         raise ConfigError(f"task.classes is {task.classes}, but data set {dataset.config.name} has {len(dataset.classes)}; leave it at 0")
-    return dataclasses.replace(task, classes=len(dataset.classes))
+    task = dataclasses.replace(task, classes=len(dataset.classes))
+    if isinstance(task, SegmentationConfig) and not task.class_weights:
+        task = dataclasses.replace(task, class_weights=class_weights_of(count_points(dataset)))
+        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(dataset.classes, task.class_weights, strict=True))
+        log.info("task.class_weights, counted on the training events: %s", weights)
+    return task
+
+
+def count_points(dataset: Any, most: int = 1000) -> torch.Tensor:
+    """Points of each class, ``[classes]`` int64, in the data set, or in ``most`` samples spread evenly over it where it has more."""
+    counts = torch.zeros(len(dataset.classes), dtype=torch.int64)
+    for row in np.unique(np.linspace(0, len(dataset) - 1, most).round().astype(int)):
+        label = torch.from_numpy(dataset.get(int(row), None).point_label)
+        counts += torch.bincount(label[label >= 0], minlength=len(counts))
+    return counts
 
 
 def build_backbone(config: FinetuneConfig) -> Any:
@@ -135,11 +182,11 @@ def build_backbone(config: FinetuneConfig) -> Any:
 
 
 def read_weights(source: str) -> Any:
-    """Read a pretrained backbone from a folder, a hub id or an official checkpoint file."""
+    """Read a pretrained backbone from a folder, a hub id or an official checkpoint file (of any system that can be read)."""
     if Path(source).is_file():
-        from geossl.methods import load_reference
+        from geossl.methods.reference import find_system, load_reference
 
-        return getattr(load_reference("point_mae", source), "backbone")  # noqa: B009 - the protocol of methods, unknown to nn.Module
+        return load_reference(find_system(source), source).get_submodule("backbone")
     if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
         raise CheckpointError(f"{source}: no such file")
     return load(source)

@@ -2,22 +2,34 @@
 
     prepare_data.py folder --source MESHES --out SHARDS --points 8192     a folder of meshes or clouds -> memory-mapped shards
     prepare_data.py rooms --count 1000 --views 8 --out ROOMS --workers 4  build furnished rooms -> webdataset shards, contact sheet
+    prepare_data.py lartpc --events 1000 --out data/lartpc.h5             simulate particle events -> HDF5 as PILArNet-M has it
+    prepare_data.py events --source PILARNET --out SHARDS --workers 4     PILArNet-M's HDF5 files -> memory-mapped shards
     prepare_data.py check --source SHARDS                                 compare every file of a set with its checksum
     prepare_data.py objects --source CATALOGUE --out FILE.npz             rebuild the embedded objects
 
-``folder`` and ``rooms`` continue where they were interrupted when the same command is given again. Then: ``data: {name: shards, root:
-SHARDS}``, or ``RoomShardsConfig(root=ROOMS).build()``.
+``folder``, ``rooms`` and ``events`` continue where they were interrupted when the same command is given again. Then: ``data: {name:
+shards, root: SHARDS}`` (``event_shards`` for events), or ``RoomShardsConfig(root=ROOMS).build()``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from geossl.config import load_config
-from geossl.data import FileOptions, ShardOptions, check_shards, write_shards
+from geossl.data import (
+    EventShardOptions,
+    FileOptions,
+    LArTPCFileOptions,
+    ShardOptions,
+    check_shards,
+    write_event_shards,
+    write_lartpc,
+    write_shards,
+)
 from geossl.data.files import read_json
 from geossl.data.objects import pack_objects
 from geossl.data.room_shards import NAME as ROOMS
@@ -48,6 +60,24 @@ class RoomsCommand(RoomShardOptions):
 
 
 @dataclass(kw_only=True)
+class LArTPCCommand(LArTPCFileOptions):
+    """Simulate particle events in liquid argon and write them in the layout of PILArNet-M."""
+
+    out: Path = Path("data/lartpc.h5")
+    """HDF5 file to write; its index is written beside it."""
+
+
+@dataclass(kw_only=True)
+class EventsCommand(EventShardOptions):
+    """Convert PILArNet-M's HDF5 files to memory-mapped shards; give the same command again to continue."""
+
+    source: Path | None = None
+    """File, or folder of files, or of folders ``train``, ``val`` and ``test``."""
+    out: Path | None = None
+    """Folder of the shard set to write."""
+
+
+@dataclass(kw_only=True)
 class CheckCommand:
     """Compare every file of a set of shards or rooms with its checksum."""
 
@@ -71,14 +101,11 @@ def _given(path: Path | None, flag: str) -> Path:
     return path
 
 
-def _folder(args: list[str]) -> int:
+@contextmanager
+def _converting() -> Iterator[Callable[[int, int, int], None]]:
+    """Draw a bar, and give the function that is told how far a conversion is."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    command = load_config(FolderCommand, None, args, prog="prepare-data folder")
-    source, out = _given(command.source, "source"), _given(command.out, "out")
-    files = FileOptions(**{f.name: getattr(command, f.name) for f in fields(FileOptions)})
-    options = ShardOptions(**{f.name: getattr(command, f.name) for f in fields(ShardOptions)})
-    started = time.perf_counter()
     columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[skipped]}"), TimeRemainingColumn())
     with Progress(*columns) as bar:
         task = bar.add_task("", total=None, skipped="")
@@ -86,6 +113,16 @@ def _folder(args: list[str]) -> int:
         def progress(done: int, total: int, skipped: int) -> None:
             bar.update(task, completed=done, total=total, skipped=f"{skipped} left out" if skipped else "")
 
+        yield progress
+
+
+def _folder(args: list[str]) -> int:
+    command = load_config(FolderCommand, None, args, prog="prepare-data folder")
+    source, out = _given(command.source, "source"), _given(command.out, "out")
+    files = FileOptions(**{f.name: getattr(command, f.name) for f in fields(FileOptions)})
+    options = ShardOptions(**{f.name: getattr(command, f.name) for f in fields(ShardOptions)})
+    started = time.perf_counter()
+    with _converting() as progress:
         index = write_shards(source, out, files, options, progress)
     clouds, skipped = sum(shard["clouds"] for shard in index["shards"]), [text for shard in index["shards"] for text in shard["skipped"]]
     print(
@@ -114,6 +151,36 @@ def _rooms(args: list[str]) -> int:
     return 0
 
 
+def _lartpc(args: list[str]) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    command = load_config(LArTPCCommand, None, args, prog="prepare-data lartpc")
+    options = LArTPCFileOptions(**{f.name: getattr(command, f.name) for f in fields(LArTPCFileOptions)})
+    started = time.perf_counter()
+    with Progress(TextColumn("simulating events"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=options.events)
+        count = write_lartpc(command.out, options, lambda done: bar.update(task, completed=done))
+    print(f"{command.out}: {count} events, {command.out.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
+    print(f"use it with: --data.name pilarnet --data.root {command.out}")
+    return 0
+
+
+def _events(args: list[str]) -> int:
+    command = load_config(EventsCommand, None, args, prog="prepare-data events")
+    source, out = _given(command.source, "source"), _given(command.out, "out")
+    options = EventShardOptions(**{f.name: getattr(command, f.name) for f in fields(EventShardOptions)})
+    started = time.perf_counter()
+    with _converting() as progress:
+        index = write_event_shards(source, out, options, progress)
+    events, points = (sum(shard[key] for shard in index["shards"]) for key in ("events", "points"))
+    skipped = [text for shard in index["shards"] for text in shard["skipped"]]
+    print(f"{out}: {events} events of {points:,} points in {len(index['shards'])} shards, {time.perf_counter() - started:.1f} s")
+    if skipped:
+        print(f"warning: left out {len(skipped)} events that could not be used; the first: {skipped[0]}")
+    print(f"use it with: --data.name event_shards --data.root {out}")
+    return 0
+
+
 def _check(args: list[str]) -> int:
     source = _given(load_config(CheckCommand, None, args, prog="prepare-data check").source, "source")
     index = source / "index.json"
@@ -132,7 +199,14 @@ def _objects(args: list[str]) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"folder": _folder, "rooms": _rooms, "check": _check, "objects": _objects}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "folder": _folder,
+    "rooms": _rooms,
+    "lartpc": _lartpc,
+    "events": _events,
+    "check": _check,
+    "objects": _objects,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -22,7 +22,8 @@ from geossl.config import load_config, registry_field, require, split_arguments,
 from geossl.data import DATASETS, AugmentConfig
 from geossl.engine import Hooks, OptimConfig, TrainConfig, World, seed_everything, start_world, stop_world, train
 from geossl.errors import ConfigError
-from geossl.evaluation import Prober, quick_probe, save_report_data
+from geossl.evaluation import Prober, TokenProbeProtocol, TokenProber, quick_probe, save_report_data
+from geossl.evaluation.token_probe import has_point_labels
 from geossl.methods import METHODS
 from geossl.models import BACKBONES
 
@@ -37,6 +38,8 @@ class ProbeConfig:
     """Fit all probes and their baselines for the report; switch off for large data sets."""
     data: Any = registry_field(DATASETS, default=None)  # noqa: RUF009 - makes a dataclass field
     """Labelled data set to probe on; null is the one trained on."""
+    tokens: int = 15_000
+    """Events (points with classes): tokens of each part that the token probe takes."""
     layers: tuple[int, ...] = ()
     """Blocks whose normed outputs are read, side by side (negative counts from the end); none given: the last."""
     pooling: Literal["mean", "mean_max", "max"] = "mean"
@@ -44,6 +47,7 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "every", "must not be negative", self.every)
+        require(self.tokens >= 1, "tokens", "must be at least 1", self.tokens)
 
 
 def quickstart_data() -> Any:
@@ -108,7 +112,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
     hooks = Hooks(
         probe=None if prober is None else lambda module: quick_probe(module, prober),
         probe_every=config.probe.every if has_classes(config, dataset) else 0,
-        best="svm",
+        best="" if prober is None else prober.best,
         export=export,
         report=report,
     )
@@ -127,10 +131,10 @@ def started_as(config: PretrainConfig) -> PretrainConfig:
 
 def has_classes(config: PretrainConfig, dataset: Any) -> bool:
     """Whether there are labels to probe with."""
-    return config.probe.data is not None or bool((dataset.labels >= 0).any())
+    return config.probe.data is not None or bool((dataset.labels >= 0).any()) or has_point_labels(dataset)
 
 
-def build_prober(config: PretrainConfig, dataset: Any) -> Prober | None:
+def build_prober(config: PretrainConfig, dataset: Any) -> Prober | TokenProber | None:
     """Make what probes the encoder; None when nothing is to be probed or the data has no classes."""
     if not config.probe.every and not config.probe.report:
         return None
@@ -142,8 +146,13 @@ def build_prober(config: PretrainConfig, dataset: Any) -> Prober | None:
     test = data.build("test")
     if test.channels != dataset.channels:
         raise ConfigError(
-            f"probe.data.columns {data.columns!r} differs from data.columns {config.data.columns!r}: the encoder takes the latter"
+            f"probe.data {data.name} gives {', '.join(test.columns)}, data {config.data.name} {', '.join(dataset.columns)}: "
+            "the encoder takes the latter; choose probe.data.columns alike"
         )
+    if has_point_labels(train):
+        if config.probe.layers:
+            raise ConfigError("probe.layers: tokens of events are probed as the last block leaves them; leave it empty")
+        return TokenProber(train, test, protocol=TokenProbeProtocol(tokens=config.probe.tokens))
     return Prober(train, test, layers=list(config.probe.layers) or None, pooling=config.probe.pooling)
 
 
@@ -160,8 +169,8 @@ def model_card(config: PretrainConfig) -> str:
 
 An encoder of point clouds made with geossl.
 
-- input: {data.points} points, columns {data.columns} ({backbone.in_channels} numbers a point), normalised with `{data.normalize}`
-- output: {backbone.groups} tokens of {backbone.dim} channels
+- input: {data.describe()} ({backbone.in_channels} numbers a point)
+- output: {backbone.describe()}
 - training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
 - files: `model.safetensors` (weights), `config.json` (architecture)
 

@@ -112,8 +112,8 @@ def check_columns(dataset: Any, backbone: Any) -> None:
     wanted = getattr(backbone, "in_channels", dataset.channels)
     if wanted != dataset.channels:
         raise ConfigError(
-            f"backbone.in_channels is {wanted}, but data.columns {dataset.config.columns!r} gives {dataset.channels}; "
-            f"use --backbone.in_channels {dataset.channels}, or other columns"
+            f"backbone.in_channels is {wanted}, but data set {dataset.config.name} gives {dataset.channels} numbers a point "
+            f"({', '.join(dataset.columns)}); use --backbone.in_channels {dataset.channels}, or other columns"
         )
 
 

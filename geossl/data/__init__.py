@@ -1,7 +1,8 @@
 """Data sets of point clouds, their augmentation, and the loader that turns them into batches.
 
 ``DATASETS.config("objects").build("train")`` gives a data set; :func:`build_loader` gives batches of it; :func:`read_points` reads
-any single file. The files are named for what they hold: ``objects``, ``shapenet``, ``modelnet``, ``scanobjectnn``, ``folder``, ``shards``.
+any single file. The files are named for what they hold: ``objects``, ``shapenet``, ``modelnet``, ``scanobjectnn``, ``folder``, ``shards``;
+particle events: ``pilarnet``, ``event_shards`` and ``lartpc`` (simulated), whose points carry classes.
 
 Posed images of whole places are :class:`SceneSample`, whatever they come from: ``SCENES.config("rooms").build("train")`` gives simulated
 furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrgbd`` and ``transforms`` read what others publish.
@@ -9,11 +10,16 @@ furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrg
 
 from geossl.data.augment import AugmentConfig
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
+from geossl.data.event_files import read_events
+from geossl.data.event_shards import EventShardOptions, EventShardsConfig, write_event_shards
+from geossl.data.events import Event, EventDataConfig, EventDataset, event_sample
 from geossl.data.folder import FileOptions, FolderConfig
 from geossl.data.gaussian_ply import read_gaussians, write_gaussians
+from geossl.data.lartpc import LArTPCConfig, LArTPCFileOptions, write_lartpc
 from geossl.data.loader import Loader, build_loader
 from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
+from geossl.data.pilarnet import PILArNetConfig, PILArNetFile, write_pilarnet
 from geossl.data.readers import read_points
 from geossl.data.room_shards import RoomShardOptions, RoomShardsConfig, RoomShardsDataset, check_rooms, write_rooms
 from geossl.data.rooms import RoomsConfig, RoomsDataset
@@ -22,20 +28,32 @@ from geossl.data.scanobjectnn import ScanObjectNNConfig
 from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
 from geossl.data.scene_readers import RGBDFolderConfig, SUNRGBDConfig, TransformsConfig
 from geossl.data.shapenet import ShapeNet55Config
-from geossl.data.shards import ShardOptions, ShardsConfig, check_shards, write_shards
-from geossl.data.simulate import Room, RoomError, build_room
+from geossl.data.shard_store import check_shards
+from geossl.data.shards import ShardOptions, ShardsConfig, write_shards
+from geossl.data.simulate import LArTPCOptions, Room, RoomError, build_room, simulate_event
 from geossl.data.splits import group_resplit
+from geossl.data.subset import Subset, random_subset
 
 __all__ = [
     "DATASETS",
     "SCENES",
     "AugmentConfig",
+    "Event",
+    "EventDataConfig",
+    "EventDataset",
+    "EventShardOptions",
+    "EventShardsConfig",
     "FileOptions",
     "FolderConfig",
+    "LArTPCConfig",
+    "LArTPCFileOptions",
+    "LArTPCOptions",
     "Loader",
     "ModelNet40Config",
     "ObjectLibrary",
     "ObjectsConfig",
+    "PILArNetConfig",
+    "PILArNetFile",
     "PointCloud",
     "PointDataConfig",
     "PointDataset",
@@ -56,17 +74,25 @@ __all__ = [
     "ShapeNet55Config",
     "ShardOptions",
     "ShardsConfig",
+    "Subset",
     "TransformsConfig",
     "build_loader",
     "build_room",
     "check_rooms",
     "check_shards",
     "collate",
+    "event_sample",
     "group_resplit",
     "load_objects",
+    "random_subset",
+    "read_events",
     "read_gaussians",
     "read_points",
+    "simulate_event",
+    "write_event_shards",
     "write_gaussians",
+    "write_lartpc",
+    "write_pilarnet",
     "write_rooms",
     "write_shards",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -16,6 +16,19 @@ from geossl.registry import Registry
 
 DATASETS: Registry[Any] = Registry("data set")
 """All data sets by name; ``DATASETS.config("objects").build("train")`` makes one."""
+
+
+class SampleSource(Protocol):
+    """What the loader needs of a data set, whatever it holds."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the order ``[n]`` in which an epoch visits the rows."""
+
+    def get(self, row: int, rng: np.random.Generator | None = None) -> Sample:
+        """Return sample ``row``; every random choice is drawn from ``rng``, and None asks for the evaluation form."""
 
 
 @dataclass(kw_only=True)
@@ -43,6 +56,10 @@ class PointDataConfig:
         require(self.points >= 2, "points", "must be at least 2", self.points)
         require(self.pool is None or self.pool >= self.points, "pool", f"must be at least points ({self.points})", self.pool)
         require(self.columns in COLUMN_NAMES, "columns", f"must be one of {', '.join(COLUMN_NAMES)}", self.columns)
+
+    def describe(self) -> str:
+        """Return what a sample is, in words."""
+        return f"{self.points} points, columns {self.columns}, normalised with `{self.normalize}`"
 
 
 class PointDataset:
@@ -79,6 +96,10 @@ class PointDataset:
     def __len__(self) -> int:
         """Number of clouds."""
         return len(self.labels)
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the order ``[n]`` in which an epoch visits the clouds."""
+        return rng.permutation(len(self))
 
     def read(self, row: int) -> PointCloud:
         """Return cloud ``row`` as stored: all its points, not resampled, not augmented."""

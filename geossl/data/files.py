@@ -119,6 +119,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def cache_folder() -> Path:
+    """Folder of what was prepared once and can be made again: ``$GEOSSL_CACHE``, or ``geossl`` in the user's cache folder."""
+    given = os.environ.get("GEOSSL_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "geossl"
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from geossl.config import require
-from geossl.data.dataset import PointDataset
+from geossl.data.dataset import SampleSource
 from geossl.data.sample import collate
 from geossl.errors import ConfigError, DataError
 from geossl.geometry import PointBatch
@@ -25,16 +25,16 @@ def sample_rng(seed: int, epoch: int, row: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_SAMPLE, epoch, row)))
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order ``[count]`` int64 in which the rows are visited in ``epoch``."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))).permutation(count)
+def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
+    """Return the generator from which a data set draws the order of its rows in ``epoch``."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch)))
 
 
 @dataclass
 class _Batches(TorchDataset):
     """Makes this process's micro-batch ``number``, counted from 0 over all epochs; runs in the workers."""
 
-    dataset: PointDataset
+    dataset: SampleSource
     batch_size: int
     seed: int
     rank: int
@@ -51,8 +51,8 @@ class _Batches(TorchDataset):
 
     def _epoch_rows(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            count = len(self.dataset)
-            self._order = (epoch, epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count))
+            order = self.dataset.order(epoch_rng(self.seed, epoch)) if self.shuffle else np.arange(len(self.dataset))
+            self._order = (epoch, order)
         return self._order[1]
 
     def __getitem__(self, number: int) -> PointBatch | DataError:
@@ -178,7 +178,7 @@ class Loader:
 
 
 def build_loader(
-    dataset: PointDataset,
+    dataset: SampleSource,
     batch_size: int,
     *,
     seed: int,
@@ -206,7 +206,7 @@ def build_loader(
         rank: Number of this process.
         world_size: Number of processes.
         workers: Worker processes that make batches ahead; 0 makes them in this process.
-        shuffle: Visit the rows in a new random order each epoch; else in their own order.
+        shuffle: Visit the rows in a new random order each epoch (``dataset.order``); else in their own order.
         drop_last: Leave the incomplete batch at the end of an epoch out.
         augment: Random subset and augmentation; else the deterministic evaluation form.
         accumulate: Micro-batches each rank's part is handed out in, one after the other.

@@ -22,6 +22,8 @@ class OptimConfig:
     """Peak learning rate, used as it is: not scaled with the batch size."""
     weight_decay: float = 0.05
     """Decoupled weight decay of weight matrices; vectors, biases and what the method names are not decayed."""
+    decay_all: bool = False
+    """Decay all parameters alike, as PoLAr-MAE was trained."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's first and second moment."""
     eps: float = 1e-8
@@ -73,9 +75,9 @@ def learning_rate(config: OptimConfig, step: int, total: int, steps_per_epoch: i
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Make AdamW over the trainable parameters of ``module``, grouped by weight decay and layer.
 
-    Not decayed: parameters with fewer than two dimensions, biases, and the names in ``module.no_weight_decay()``. With
-    ``layer_decay``, ``module.layer_groups()`` gives prefixes of parameter names from input to output; each group carries its factor on
-    the learning rate as ``lr_scale``.
+    Not decayed (unless ``decay_all``): parameters with fewer than two dimensions, biases, and the names in
+    ``module.no_weight_decay()``. With ``layer_decay``, ``module.layer_groups()`` gives prefixes of parameter names from input to
+    output; each group carries its factor on the learning rate as ``lr_scale``.
 
     Raises:
         ConfigError: nothing to train, or layer decay with a module that has no ``layer_groups``.
@@ -91,7 +93,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     scales = _layer_scales(module, trainable, config.layer_decay)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, value in trainable.items():
-        decayed = value.ndim > 1 and not name.endswith("bias") and name not in excluded
+        decayed = config.decay_all or (value.ndim > 1 and not name.endswith("bias") and name not in excluded)
         groups.setdefault((decayed, scales[name]), []).append(value)
     options: list[dict[str, Any]] = [
         {"params": values, "lr_scale": scale, "weight_decay": config.weight_decay if decayed else 0.0}

@@ -9,21 +9,32 @@ from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_t
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
+from geossl.evaluation.instances import InstanceScore, score_instances
 from geossl.evaluation.prober import Prober, quick_probe
 from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore, probe
-from geossl.evaluation.report_data import save_report_data
+from geossl.evaluation.report_data import save_report_data, save_segmentation_data
+from geossl.evaluation.segmentation import SegmentationMeter, SegmentationScores, evaluate_segmentation
 from geossl.evaluation.summary import summarise
+from geossl.evaluation.token_probe import TOKEN_BASELINES, TokenProbeProtocol, TokenProber, TokenProbeScore
 
 __all__ = [
     "BASELINES",
     "PROBES",
+    "TOKEN_BASELINES",
     "ExtractedFeatures",
     "Features",
+    "InstanceScore",
     "ProbeProtocol",
     "ProbeScore",
     "Prober",
+    "SegmentationMeter",
+    "SegmentationScores",
+    "TokenProbeProtocol",
+    "TokenProbeScore",
+    "TokenProber",
     "calibrate_batchnorm",
     "embed",
+    "evaluate_segmentation",
     "extract_features",
     "pool_tokens",
     "probe",
@@ -31,6 +42,8 @@ __all__ = [
     "random_twin",
     "read_tokens",
     "save_report_data",
+    "save_segmentation_data",
+    "score_instances",
     "shape_descriptor",
     "summarise",
 ]

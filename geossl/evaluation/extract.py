@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from geossl import ops
-from geossl.data import DATASETS, read_points
+from geossl.data import DATASETS, read_events, read_points
 from geossl.data.files import atomic_write
 from geossl.data.folder import FileOptions, find_files
 from geossl.data.sample import Columns
 from geossl.errors import DataError
 from geossl.evaluation.features import Pooling, device_of, frozen, pack, pool_tokens, read_tokens
 from geossl.geometry import PackedPoints, Tokens
-from geossl.models import load
+from geossl.models import VolumePointViT, load
 
 OUTPUTS = ("points", "tokens", "global")
 FILE_POINTS = 1024
@@ -88,7 +88,7 @@ def extract_features(
     points: int | None = None,
     normalize: bool | None = None,
     columns: Columns | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> ExtractedFeatures:
     """Extract frozen features.
 
@@ -97,19 +97,22 @@ def extract_features(
             :func:`geossl.load`).
         source: What to describe. ``[N, 3 + C]`` or ``[B, N, 3 + C]`` tensor or array; :class:`~geossl.geometry.PackedPoints`; a
             point cloud or mesh file; a folder of such files (and of folders of them); a data set, or the name of one ("objects",
-            "objects:test").
-        output: "points": a feature for every point, interpolated from the three nearest tokens with inverse squared distances
-            (PointNet++, Qi et al., NIPS 2017); "tokens": the tokens at their centres; "global": one vector per cloud.
+            "objects:test"). Backbones of particle events take files of events instead: PILArNet-M's HDF5 (or a folder of them), or an
+            npz (see :func:`geossl.data.read_events`); a tensor of an event holds voxel indices and normalised energies.
+        output: "points": a feature for every point, interpolated from the nearest tokens (three, or as many as the backbone names) with
+            inverse squared distances (PointNet++, Qi et al., NIPS 2017); "tokens": the tokens at their centres; "global": one vector per
+            cloud.
         layers: Blocks to read; None for the normed last block, a list (or the last so many) for several side by side.
         pooling: How tokens become one vector for output="global": "mean_max", "mean" or "max".
         points: At most so many points of a cloud are shown to the encoder, chosen by farthest-point sampling. Features still come
-            for every point. None: all points of tensors and data sets, 1,024 of files (about the density that the shipped
+            for every point. None: all points of tensors, data sets and events, 1,024 of other files (about the density that the shipped
             configurations train at).
-        normalize: Subtract the mean and divide by the largest norm before encoding. None: for files (as in pretraining), not for
-            tensors and data sets, which are taken as they are.
+        normalize: Subtract the mean and divide by the largest norm before encoding. None: for files (as in pretraining) except
+            events, not for tensors and data sets, which are taken as they are.
         columns: Columns of a file or named data set; None takes those the backbone needs where its ``in_channels`` says so (3: xyz,
             9: xyz, normal, rgb).
-        batch_size: Clouds per forward pass.
+        batch_size: Clouds per forward pass. None: 32, or 1 where the backbone normalises over the whole batch (``norm="batchwide"``), so
+            that the features of a cloud do not depend on the others.
 
     Returns:
         :class:`ExtractedFeatures` on the CPU, float32, in the order of the source; ``coord`` is never normalised.
@@ -129,12 +132,15 @@ def extract_features(
         raise ValueError(f"points must be at least 1, got {points}")
     backbone = resolve_backbone(model)
     is_file = isinstance(source, str | os.PathLike) and Path(source).exists()
-    normalize = is_file if normalize is None else normalize
-    points = FILE_POINTS if points is None and is_file else points
+    of_events = isinstance(backbone, VolumePointViT)
+    normalize = is_file and not of_events if normalize is None else normalize
+    points = FILE_POINTS if points is None and is_file and not of_events else points
+    if batch_size is None:
+        batch_size = 1 if of_events and backbone.config.norm == "batchwide" else 32
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     names: list[str] = []
     with frozen(backbone):
-        for batch in _batches(_clouds(source, int(backbone.in_channels), columns, normalize), batch_size):
+        for batch in _batches(_clouds(source, backbone, columns, normalize), batch_size):
             names += [cloud.name for cloud in batch]
             parts.append(_describe(backbone, batch, output, layers, pooling, points))
     if not parts:
@@ -151,21 +157,22 @@ def resolve_backbone(model: nn.Module | str | os.PathLike[str]) -> Any:
     return load(model)
 
 
-def interpolate(tokens: Tokens, coord: Tensor, offsets: Tensor) -> Tensor:
-    """Carry token features to points: mean of the three nearest tokens of the same cloud, weighted by inverse squared distance.
+def interpolate(tokens: Tokens, coord: Tensor, offsets: Tensor, neighbors: int = 3, epsilon: float = 1e-8) -> Tensor:
+    """Carry token features to points: mean of the nearest tokens of the same cloud, weighted by inverse squared distance.
 
     Args:
-        tokens: ``feats [T, C]`` at ``centers [T, 3]``; clouds with fewer than three tokens use those they have.
+        tokens: ``feats [T, C]`` at ``centers [T, 3]``; clouds with fewer than ``neighbors`` tokens use those they have.
         coord: Positions, ``[M, 3]``.
         offsets: ``[B + 1]`` int64, clouds of ``coord``, as many as in ``tokens``.
+        neighbors: Tokens that a point takes its feature from.
+        epsilon: Added to squared distances.
 
     Returns:
         ``[M, C]``; differentiable in ``tokens.feats``.
     """
-    near = ops.knn(coord, tokens.centers, 3, query_offsets=offsets, offsets=tokens.offsets)
-    weight = torch.where(near.index >= 0, 1.0 / (near.distance + 1e-8), 0.0)
-    weight = (weight / weight.sum(1, keepdim=True)).to(tokens.feats.dtype)
-    return (tokens.feats[near.index.clamp(min=0)] * weight[:, :, None]).sum(1)
+    near = ops.knn(coord, tokens.centers, neighbors, query_offsets=offsets, offsets=tokens.offsets)
+    weight = torch.where(near.index >= 0, 1.0 / (near.distance + epsilon), 0.0)
+    return ops.interpolate(tokens.feats, near.index, weight / weight.sum(1, keepdim=True))
 
 
 class _Cloud(NamedTuple):
@@ -187,7 +194,7 @@ def _describe(
     tokens = read_tokens(backbone, shown, layers)
     if output == "points":
         full = pack([cloud.points[:, :3] for cloud in batch]).to(device)
-        feats = interpolate(tokens, full.coord, full.offsets)
+        feats = interpolate(tokens, full.coord, full.offsets, *getattr(backbone, "interpolation", ()))
         return torch.cat([cloud.coord for cloud in batch]), full.lengths.cpu(), feats
     if output == "tokens":
         centers = tokens.centers.cpu().split(tokens.lengths.tolist())
@@ -208,9 +215,15 @@ def _batches(clouds: Iterator[_Cloud], size: int) -> Iterator[list[_Cloud]]:
         yield batch
 
 
-def _clouds(source: Any, in_channels: int, columns: Columns | None, normalize: bool) -> Iterator[_Cloud]:
+def _clouds(source: Any, backbone: Any, columns: Columns | None, normalize: bool) -> Iterator[_Cloud]:
     """Yield every cloud of ``source``, checked and in the encoder's frame."""
-    for name, points in _read(source, in_channels, columns):
+    in_channels = int(backbone.in_channels)
+    is_path = isinstance(source, str | os.PathLike) and Path(source).exists()
+    if is_path and isinstance(backbone, VolumePointViT):
+        found: Iterator[tuple[str, Any]] = ((name, sample.points) for name, sample in read_events(Path(source)))
+    else:
+        found = _read(source, in_channels, columns)
+    for name, points in found:
         yield _checked(name, torch.as_tensor(points, dtype=torch.float32).cpu(), in_channels, normalize)
 
 
@@ -248,7 +261,7 @@ def _read(source: Any, in_channels: int, columns: Columns | None) -> Iterator[tu
         elif path.exists():
             yield path.name, read_points(path).only(_columns(in_channels, columns), str(path)).stack()
         else:
-            yield from _read(_named_dataset(str(source), _columns(in_channels, columns)), in_channels, columns)
+            yield from _read(_named_dataset(str(source), in_channels, columns), in_channels, columns)
     elif isinstance(source, PackedPoints):
         rows = source.coord if source.feats is None else torch.cat([source.coord, source.feats], 1)
         for number, points in enumerate(rows.split(source.lengths.tolist())):
@@ -276,9 +289,12 @@ def _columns(in_channels: int, columns: Columns | None) -> Columns:
     return columns or _COLUMNS_OF[in_channels]
 
 
-def _named_dataset(text: str, columns: Columns) -> Any:
+def _named_dataset(text: str, in_channels: int, columns: Columns | None) -> Any:
     """Build the data set ``name`` or ``name:split``; without a split, all of it."""
     name, _, split = text.partition(":")
     if name not in DATASETS.names():
         raise DataError(f"{text}: neither a file, a folder nor a data set; the data sets are {', '.join(DATASETS.names())}")
-    return dataclasses.replace(DATASETS.config(name), columns=columns).build(split or "all")
+    config = DATASETS.config(name)
+    if hasattr(config, "columns"):  # events have but one form
+        config = dataclasses.replace(config, columns=_columns(in_channels, columns))
+    return config.build(split or "all")

@@ -14,6 +14,7 @@ from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_t
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.features import Pooling, embed
 from geossl.evaluation.probes import Features, ProbeProtocol, ProbeScore, majority_score, probe
+from geossl.evaluation.token_probe import TokenProber
 
 
 class Prober:
@@ -37,6 +38,9 @@ class Prober:
         >>> for score in prober.probe(geossl.load("runs/mine/export")):
         ...     print(score.probe, score.official, score.mean, score.std)
     """
+
+    best = "svm"
+    """The score of :meth:`quick` that tells which checkpoint is the best."""
 
     def __init__(
         self,
@@ -102,6 +106,12 @@ class Prober:
         scores = {**self._fixed, **self._random[key]}
         return {name: scores[name] for name in BASELINES}
 
+    def quick(self, backbone: nn.Module) -> dict[str, float]:
+        """Scores for a log: linear SVM with fixed C on the resplits (``svm``, ``svm_std``) and, where there is one, the official split."""
+        (score,) = probe(self.features(backbone), replace(self.protocol, probes=("svm",)))
+        result = {"svm": score.mean, "svm_std": score.std}
+        return result if score.official is None else {**result, "svm_official": score.official}
+
     def _with_labels(self, values: list[np.ndarray]) -> Features:
         parts = [(part, rows) for part, rows in zip(self.parts, self.rows, strict=True) if len(rows)]
         return Features(
@@ -113,17 +123,14 @@ class Prober:
         )
 
 
-def quick_probe(module: nn.Module, prober: Prober) -> dict[str, float]:
-    """Probe a method in the middle of its training: linear SVM with fixed C on the official split and the resplits, a few seconds.
+def quick_probe(module: nn.Module, prober: Prober | TokenProber) -> dict[str, float]:
+    """Probe a method in the middle of its training, in a few seconds.
 
     Args:
         module: A pretraining method (its ``backbone`` is probed) or a backbone.
         prober: Holds the data; make it once and keep it.
 
     Returns:
-        ``svm`` (mean over the resplits), ``svm_std`` and, where the data has an official split, ``svm_official``; all in [0, 1].
+        What :meth:`Prober.quick` or :meth:`geossl.evaluation.TokenProber.quick` says, all in [0, 1].
     """
-    backbone = getattr(module, "backbone", module)
-    (score,) = probe(prober.features(backbone), replace(prober.protocol, probes=("svm",)))
-    result = {"svm": score.mean, "svm_std": score.std}
-    return result if score.official is None else {**result, "svm_official": score.official}
+    return prober.quick(getattr(module, "backbone", module))

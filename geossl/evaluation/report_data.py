@@ -13,16 +13,19 @@ from torch import nn
 
 from geossl.data import collate
 from geossl.data.files import atomic_write
+from geossl.evaluation.event_pictures import save_event_pictures
 from geossl.evaluation.features import device_of, frozen
 from geossl.evaluation.prober import Prober
 from geossl.evaluation.probes import probe
+from geossl.evaluation.segmentation import SegmentationScores
 from geossl.evaluation.summary import summarise
+from geossl.evaluation.token_probe import TokenProber
 
 THUMB_POINTS = 320
 
 
 def save_report_data(
-    run: str | os.PathLike[str], module: nn.Module, prober: Prober | None, dataset: Any, *, pictures: int = 6, seed: int = 0
+    run: str | os.PathLike[str], module: nn.Module, prober: Prober | TokenProber | None, dataset: Any, *, pictures: int = 6, seed: int = 0
 ) -> Path:
     """Save what :func:`geossl.vis.write_report` draws besides the curves, into ``run/report/``.
 
@@ -30,19 +33,27 @@ def save_report_data(
         run: The run folder.
         module: The trained method; its ``pictures(batch)`` is called where it has one, its ``backbone`` is embedded and probed.
         prober: Holds the labelled data; None where the data set has no labels: then embeddings and probes are left out.
-        dataset: Where the pictured objects come from, best one the training did not see.
-        pictures: Number of objects to picture, spread over the classes (over the rows, without classes).
+        dataset: Where the pictured objects or events come from, best one the training did not see.
+        pictures: Number of objects to picture, spread over the classes (over the rows, without classes); half as many events.
         seed: Masks of the pictures, and random baselines.
 
     Returns:
-        ``run/report``, with ``pictures.npz``, ``embedding.npz`` and ``probes.json`` as far as they apply.
+        ``run/report``, with ``pictures.npz``, ``embedding.npz`` and ``probes.json`` as far as they apply; for events ``events.npz`` and
+        ``token_probe.json``.
     """
     folder = Path(run) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(module, "pictures"):
+    backbone: Any = getattr(module, "backbone", module)
+    if hasattr(backbone, "attention_maps"):
+        _save_events(folder / "events.npz", module, dataset, -(-pictures // 2), seed)
+    elif hasattr(module, "pictures"):
         _save_pictures(folder / "pictures.npz", module, dataset, pictures, seed)
-    if prober is not None:
-        backbone: Any = getattr(module, "backbone", module)
+    if isinstance(prober, TokenProber):
+        _save_json(
+            folder / "token_probe.json",
+            prober.summary(backbone, seed, model=backbone.config.name, data=prober.parts[0].config.name),
+        )
+    elif prober is not None:
         features = prober.features(backbone)
         summary = summarise(
             probe(features, prober.protocol),
@@ -55,10 +66,42 @@ def save_report_data(
             layers=prober.layers,
             pooling=prober.pooling,
         )
-        text = json.dumps(summary, indent=1) + "\n"
-        atomic_write(folder / "probes.json", lambda file: file.write(text.encode()))
+        _save_json(folder / "probes.json", summary)
         _save_embedding(folder / "embedding.npz", prober, features)
     return folder
+
+
+def save_segmentation_data(
+    run: str | os.PathLike[str], module: nn.Module, dataset: Any, scores: SegmentationScores, *, events: int = 3, seed: int = 0
+) -> Path:
+    """Save what the report of a fine-tuned segmentation draws besides the curves, into ``run/report/``.
+
+    Args:
+        run: The run folder.
+        module: The task; ``predict`` and ``backbone`` are used.
+        dataset: The test part, from which the pictured events come.
+        scores: On the test part.
+        events: Number of events to picture.
+        seed: Of anything random in the pictures.
+
+    Returns:
+        ``run/report``, with ``events.npz`` and ``segmentation.json``.
+    """
+    folder = Path(run) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_json(folder / "segmentation.json", scores.to_json())
+    _save_events(folder / "events.npz", module, dataset, events, seed)
+    return folder
+
+
+def _save_events(path: Path, module: Any, dataset: Any, count: int, seed: int) -> None:
+    rows = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    save_event_pictures(path, module, dataset, rows, [cloud_name(dataset, int(row)) for row in rows], seed)
+
+
+def _save_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def _save_pictures(path: Path, module: Any, dataset: Any, count: int, seed: int) -> None:

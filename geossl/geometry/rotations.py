@@ -47,6 +47,17 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     return chosen / chosen.norm(dim=-1, keepdim=True)
 
 
+def euler_to_matrix(angles: Tensor) -> Tensor:
+    """Return ``Rx(a) Ry(b) Rz(c)``, ``[..., 3, 3]``, for angles ``[..., 3]`` in radians: about z first, then y, then x. Differentiable."""
+    (a, b, c), (sa, sb, sc) = angles.cos().unbind(-1), angles.sin().unbind(-1)
+    rows = (
+        *(b * c, -b * sc, sb),
+        *(a * sc + sa * sb * c, a * c - sa * sb * sc, -sa * b),
+        *(sa * sc - a * sb * c, sa * c + a * sb * sc, a * b),
+    )
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
 def rotation_about_z(yaw: Tensor) -> Tensor:
     """Return the matrices ``[..., 3, 3]`` that turn counter-clockwise about z (seen from above) by ``yaw [...]`` radians."""
     cos, sin, zero, one = yaw.cos(), yaw.sin(), torch.zeros_like(yaw), torch.ones_like(yaw)

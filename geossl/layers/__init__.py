@@ -7,20 +7,27 @@ from geossl.layers.attention import Attention, Segments, scaled_dot_product
 from geossl.layers.block import Block, BlockStack, init_transformer_weights
 from geossl.layers.image_metrics import l1, psnr, ssim
 from geossl.layers.masking import block_mask, random_mask
-from geossl.layers.norm import BatchNorm
+from geossl.layers.norm import BatchNorm, BatchwideNorm
+from geossl.layers.packed_token_embedding import PackedTokenEmbedding
 from geossl.layers.position import PositionMLP
 from geossl.layers.sampling import BatchRandom
 from geossl.layers.token_embedding import PointTokenEmbedding
+from geossl.layers.volume_tokens import TOKENIZERS, VolumeTokenizer, VolumeTokens
 
 __all__ = [
+    "TOKENIZERS",
     "Attention",
     "BatchNorm",
     "BatchRandom",
+    "BatchwideNorm",
     "Block",
     "BlockStack",
+    "PackedTokenEmbedding",
     "PointTokenEmbedding",
     "PositionMLP",
     "Segments",
+    "VolumeTokenizer",
+    "VolumeTokens",
     "block_mask",
     "init_transformer_weights",
     "l1",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -42,31 +41,42 @@ class Segments:
         return per_sample.repeat_interleave(torch.tensor(self.lengths, device=per_sample.device), dim=0)
 
 
-def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Softmax attention in whichever exact form is quicker here.
 
     ``scaled_dot_product_attention`` on a GPU and for long sequences. On the CPU the fused kernel loses to a materialised softmax
-    in bfloat16 (2 to 4 times up to 1,024 keys) and for the shortest float32 sequences, so those take the plain form.
+    in bfloat16 (2 to 4 times up to 1,024 keys) and for the shortest float32 sequences, and has no dropout; those take the plain form.
 
     Args:
         query: ``[B, H, Lq, D]``.
         key: ``[B, H, Lk, D]``, same dtype and device.
         value: ``[B, H, Lk, D]``.
+        mask: True where a query may look, bool, broadcast to ``[B, H, Lq, Lk]``; every query needs such a key. None: everywhere.
+        dropout: Share of the weights that are dropped after the softmax, the others scaled by ``1 / (1 - dropout)``. Drawn from torch's
+            global generator.
 
     Returns:
         ``[B, H, Lq, D]``; differentiable in all three.
     """
-    materialise = query.device.type == "cpu" and (key.shape[2] <= 32 or (query.dtype == torch.bfloat16 and key.shape[2] <= 1024))
+    materialise = query.device.type == "cpu" and (
+        dropout > 0 or key.shape[2] <= 32 or (query.dtype == torch.bfloat16 and key.shape[2] <= 1024)
+    )
     if not materialise:
-        return F.scaled_dot_product_attention(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.softmax(-1) @ value
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    return (F.dropout(weights, dropout) if dropout else weights) @ value
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments, *, dropout: float = 0.0
+) -> Tensor:
     """Attention in which every sample sees only itself.
 
-    Samples of equal lengths run together, so nothing is padded and no mask is built.
+    Samples of equal lengths run together, so nothing is padded and no mask is built. Of different lengths, the CPU takes one after the
+    other; a GPU, for which that would be many small calls, takes them padded and masked.
 
     Args:
         query: ``[Tq, H, D]`` packed by ``query_segments``.
@@ -74,36 +84,43 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, query_segments: 
         value: ``[Tk, H, D]``.
         query_segments: Query rows of each sample.
         key_segments: Key rows of each sample, as many samples.
+        dropout: See :func:`scaled_dot_product`.
 
     Returns:
-        ``[Tq, H * D]``.
+        ``[Tq, H * D]``; zeros for a sample without keys.
     """
-    heads, channels = query.shape[1:]
-    count = len(query_segments.lengths)
-    if query_segments.uniform is not None and key_segments.uniform is not None:
-        q, k, v = (
-            x.view(count, n, heads, channels).transpose(1, 2)
-            for x, n in ((query, query_segments.uniform), (key, key_segments.uniform), (value, key_segments.uniform))
-        )
-        return scaled_dot_product(q, k, v).transpose(1, 2).reshape(query.shape[0], heads * channels)
+    width = query.shape[1] * query.shape[2]
+    sizes = list(zip(query_segments.lengths, key_segments.lengths, strict=True))
+    if len(set(sizes)) > 1 and query.device.type != "cpu":
+        return padded_attention(query, key, value, query_segments, key_segments, dropout=dropout)
+    runs = [(*size, len(list(same))) for size, same in itertools.groupby(sizes)]
+    queries = query.split([asked * samples for asked, _, samples in runs])
+    keys, values = (x.split([seen * samples for _, seen, samples in runs]) for x in (key, value))
+    outputs = []
+    for (asked, seen, samples), *parts in zip(runs, queries, keys, values, strict=True):
+        if asked == 0 or seen == 0:
+            outputs.append(query.new_zeros(asked * samples, width))
+            continue
+        q, k, v = (x.view(samples, -1, *query.shape[1:]).transpose(1, 2) for x in parts)
+        outputs.append(scaled_dot_product(q, k, v, dropout=dropout).transpose(1, 2).reshape(-1, width))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else query.new_zeros(0, width)
 
-    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for sample, sizes in enumerate(zip(query_segments.lengths, key_segments.lengths, strict=True)):
-        buckets[sizes].append(sample)
-    query_start, key_start = query_segments.offsets(query.device), key_segments.offsets(query.device)
-    rows, pieces = [], []
-    for (query_length, key_length), samples in buckets.items():
-        which = torch.tensor(samples, device=query.device)
-        query_rows = (query_start[which, None] + torch.arange(query_length, device=query.device)).flatten()
-        key_rows = (key_start[which, None] + torch.arange(key_length, device=query.device)).flatten()
-        same = Segments((query_length,) * len(samples)), Segments((key_length,) * len(samples))
-        rows.append(query_rows)
-        if key_length:
-            pieces.append(packed_attention(query[query_rows], key[key_rows], value[key_rows], *same))
-        else:
-            pieces.append(query.new_zeros(query_rows.shape[0], heads * channels))
-    order = torch.cat(rows).argsort()
-    return torch.cat(pieces)[order]
+
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments, *, dropout: float = 0.0
+) -> Tensor:
+    """:func:`packed_attention` in one call over padded samples, the keys that are padding masked."""
+    samples = len(query_segments.lengths)
+    padded, masks = [], []
+    for x, segments in ((query, query_segments), (key, key_segments), (value, key_segments)):
+        lengths = torch.tensor(segments.lengths, device=x.device)
+        real = torch.arange(max(segments.lengths), device=x.device) < lengths[:, None]
+        padded.append(x.new_zeros(samples, real.shape[1], *x.shape[1:]).masked_scatter(real[..., None, None], x).transpose(1, 2))
+        masks.append(real)
+    asked, seen = masks[0], masks[1]
+    # A sample without keys looks at its padding, which is zeros.
+    visible = (seen | ~seen.any(1, keepdim=True))[:, None, None]
+    return scaled_dot_product(*padded, mask=visible, dropout=dropout).transpose(1, 2)[asked].flatten(1)
 
 
 class Attention(nn.Module):
@@ -113,13 +130,15 @@ class Attention(nn.Module):
         dim: Channels, a multiple of ``heads``.
         heads: Attention heads.
         qkv_bias: Whether the joint query/key/value projection has a bias.
+        dropout: Share of the attention weights that training drops, see :func:`scaled_dot_product`.
     """
 
-    def __init__(self, dim: int, heads: int, *, qkv_bias: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, *, qkv_bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"Attention: dim must be a multiple of heads, got dim={dim}, heads={heads}")
         self.heads = heads
+        self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -137,11 +156,22 @@ class Attention(nn.Module):
             ``[T, C]``, or ``[R, C]`` with ``rows``.
         """
         dim = x.shape[1]
+        dropout = self.dropout if self.training else 0.0
         if rows is None or row_segments is None:
             q, k, v = self.qkv(x).view(-1, 3, self.heads, dim // self.heads).unbind(1)
-            return self.proj(packed_attention(q, k, v, segments, segments))
+            return self.proj(packed_attention(q, k, v, segments, segments, dropout=dropout))
         bias = self.qkv.bias
         q = F.linear(x[rows], self.qkv.weight[:dim], None if bias is None else bias[:dim])
         kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
         k, v = kv.view(-1, 2, self.heads, dim // self.heads).unbind(1)
-        return self.proj(packed_attention(q.view(-1, self.heads, dim // self.heads), k, v, row_segments, segments))
+        q = q.view(-1, self.heads, dim // self.heads)
+        return self.proj(packed_attention(q, k, v, row_segments, segments, dropout=dropout))
+
+    def weights(self, x: Tensor, segments: Segments) -> list[Tensor]:
+        """The softmax weights of each sample's tokens (queries) over its tokens (keys), ``[H, n, n]`` float32, rows summing to 1."""
+        q, k, _ = self.qkv(x).view(-1, 3, self.heads, x.shape[1] // self.heads).float().unbind(1)
+        lengths = list(segments.lengths)
+        return [
+            (query.transpose(0, 1) * query.shape[-1] ** -0.5 @ key.permute(1, 2, 0)).softmax(-1)
+            for query, key in zip(q.split(lengths), k.split(lengths), strict=True)
+        ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from geossl.errors import unknown_name
 from geossl.layers.attention import Attention, Segments
+from geossl.layers.norm import make_norm
 from geossl.layers.sampling import BatchRandom
 
 
@@ -24,6 +28,14 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Kept(NamedTuple):
+    """The tokens whose residual branch is not dropped, when each token draws for itself."""
+
+    rows: Tensor  # their numbers, [n] ascending int64
+    segments: Segments  # how many there are in each sample
+    scale: float  # 1 / (1 - rate)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: ``x += attention(norm(x)); x += mlp(norm(x))``, over packed sequences.
 
@@ -32,13 +44,17 @@ class Block(nn.Module):
         heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over ``dim``.
         qkv_bias: Bias of the query/key/value projection.
+        norm: "layer" or "batchwide", see :func:`geossl.layers.norm.make_norm`.
+        attention_dropout: Share of the attention weights that training drops.
     """
 
-    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, qkv_bias: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, mlp_ratio: float = 4.0, qkv_bias: bool = False, norm: str = "layer", attention_dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads, qkv_bias=qkv_bias)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm1 = make_norm(norm, dim)
+        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, dropout=attention_dropout)
+        self.norm2 = make_norm(norm, dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
@@ -47,7 +63,7 @@ class Block(nn.Module):
         segments: Segments,
         rows: Tensor | None = None,
         row_segments: Segments | None = None,
-        keep: Tensor | None = None,
+        keep: Tensor | tuple[Kept, Kept] | None = None,
     ) -> Tensor:
         """Transform packed tokens.
 
@@ -55,13 +71,16 @@ class Block(nn.Module):
             x: ``[T, C]`` packed by ``segments``.
             segments: Rows of each sample.
             rows: When only some rows are read afterwards, their numbers ``[R]`` (ascending); the others still serve as keys and
-                values, but their own output is not computed.
+                values, but their own output is not computed. Not with ``norm="batchwide"``, whose second norm reads all of them.
             row_segments: How many of ``rows`` each sample has.
-            keep: Multiplier of the attention and the MLP branch of each sample, ``[B, 2]``: 0 drops a branch (stochastic depth).
+            keep: Stochastic depth. A multiplier of the attention and the MLP branch of each sample, ``[B, 2]``: 0 drops a branch. Or the
+                tokens that keep each branch, numbered within ``rows`` where given: the others take no part in projections and MLP.
 
         Returns:
             ``[T, C]``, or ``[R, C]`` with ``rows``.
         """
+        if isinstance(keep, tuple):
+            return self._forward_kept(x, segments, rows, *keep)
         attended = self.attn(self.norm1(x), segments, rows=rows, row_segments=row_segments)
         if rows is not None and row_segments is not None:
             x, segments = x[rows], row_segments
@@ -72,24 +91,55 @@ class Block(nn.Module):
         x = x + attended * keep[:, :1]
         return x + self.mlp(self.norm2(x)) * keep[:, 1:]
 
+    def _forward_kept(self, x: Tensor, segments: Segments, rows: Tensor | None, first: Kept, second: Kept) -> Tensor:
+        asking = first.rows if rows is None else rows[first.rows]
+        attended = self.attn(self.norm1(x), segments, rows=asking, row_segments=first.segments)
+        if rows is not None:
+            x = x[rows]
+        x = x.index_add(0, first.rows, attended.to(x.dtype), alpha=first.scale)
+        changed = self.mlp(self.norm2(x)[second.rows])
+        return x.index_add(0, second.rows, changed.to(x.dtype), alpha=second.scale)
+
 
 class BlockStack(nn.Module):
-    """Blocks applied in turn, the position code added again before each one (as Point-BERT and Point-MAE do).
+    """Blocks applied in turn, the position code added again before each one (as Point-BERT, Point-MAE and PoLAr-MAE do).
 
     Args:
         dim: Channels.
         depth: Number of blocks.
         heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over ``dim``.
-        drop_path: Probability of dropping a residual branch of the last block for a whole sample in training (stochastic depth,
-            Huang et al., 2016); it grows linearly from 0 at the first block, and kept branches are scaled by ``1 / (1 - rate)``.
+        qkv_bias: Bias of the query/key/value projections.
+        norm: "layer" or "batchwide", see :func:`geossl.layers.norm.make_norm`.
+        attention_dropout: Share of the attention weights that training drops.
+        drop_path: Probability of dropping a residual branch of the last block in training (stochastic depth, Huang et al., 2016); it
+            grows linearly from 0 at the first block, and kept branches are scaled by ``1 / (1 - rate)``.
+        drop_path_per: What a branch is dropped for: a whole "sample", or each "token" for itself (PoLAr-MAE).
     """
 
-    def __init__(self, dim: int, depth: int, heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        norm: str = "layer",
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        drop_path_per: Literal["sample", "token"] = "sample",
+    ) -> None:
         super().__init__()
+        if drop_path_per not in ("sample", "token"):
+            raise unknown_name("drop_path_per", drop_path_per, ("sample", "token"))
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.drop_path_rates = rates
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio=mlp_ratio) for _ in rates)
+        self.drop_path_per = drop_path_per
+        self.reads_all_rows = norm == "batchwide"
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm=norm, attention_dropout=attention_dropout) for _ in rates
+        )
         self.grad_checkpointing = False
 
     def __len__(self) -> int:
@@ -120,25 +170,50 @@ class BlockStack(nn.Module):
         Returns:
             ``[T, C]`` (or ``[R, C]``) after the last block, not normalised.
         """
-        keeps = self._draw_drop_path(segments, random, x.device)
+        select, last = None, len(self.blocks) - 1
+        if self.reads_all_rows:
+            select, rows, row_segments = rows, None, None
+        keeps = self._draw_drop_path(segments, random, x.device, rows, row_segments)
         for i, block in enumerate(self.blocks):
-            only = (rows, row_segments) if i == len(self.blocks) - 1 else (None, None)
+            only = (rows, row_segments) if i == last else (None, None)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x + position, segments, *only, keeps[i], use_reentrant=False)
             else:
                 x = block(x + position, segments, *only, keeps[i])
             if intermediates is not None:
                 intermediates.append(x)
-        return x
+        return x if select is None else x[select]
 
-    def _draw_drop_path(self, segments: Segments, random: BatchRandom | None, device: torch.device) -> list[Tensor | None]:
-        """The multipliers ``[B, 2]`` of each block in this pass; None where nothing can be dropped."""
+    def _draw_drop_path(
+        self,
+        segments: Segments,
+        random: BatchRandom | None,
+        device: torch.device,
+        rows: Tensor | None = None,
+        row_segments: Segments | None = None,
+    ) -> list[Any]:
+        """The argument ``keep`` of each block in this pass; None where nothing can be dropped."""
         rates = self.drop_path_rates
         if not self.training or not any(rates):
             return [None] * len(rates)
         random = random or BatchRandom(len(segments.lengths))
-        noise = random.rand(len(rates), 2, device=device)
-        return [(noise[:, i] >= rate).float() / (1 - rate) if rate else None for i, rate in enumerate(rates)]
+        if self.drop_path_per == "sample":
+            noise = random.rand(len(rates), 2, device=device)
+            return [(noise[:, i] >= rate).float() / (1 - rate) if rate else None for i, rate in enumerate(rates)]
+        noise = random.rows(segments.lengths, len(rates), 2)  # on the host, where the lengths are wanted
+        keeps: list[Any] = [None] * len(rates)
+        for i, rate in enumerate(rates):
+            if rate:
+                keep, groups = noise[:, i] >= rate, segments
+                if rows is not None and row_segments is not None and i == len(rates) - 1:
+                    keep, groups = keep[rows.cpu()], row_segments
+                keeps[i] = tuple(_kept(keep[:, branch], groups, 1 / (1 - rate), device) for branch in range(2))
+        return keeps
+
+
+def _kept(keep: Tensor, segments: Segments, scale: float, device: torch.device) -> Kept:
+    lengths = tuple(int(part.sum()) for part in keep.split(list(segments.lengths)))
+    return Kept(keep.nonzero()[:, 0].to(device, non_blocking=True), Segments(lengths), scale)
 
 
 def init_transformer_weights(module: nn.Module) -> None:

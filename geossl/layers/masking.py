@@ -23,7 +23,9 @@ def _hide_lowest(score: Tensor, segments: Segments, ratio: float) -> Tensor:
     return hidden[real]
 
 
-def random_mask(segments: Segments, ratio: float, random: BatchRandom, device: torch.device | str = "cpu") -> Tensor:
+def random_mask(
+    segments: Segments, ratio: float, random: BatchRandom, device: torch.device | str = "cpu", *, ragged: bool = False
+) -> Tensor:
     """Hide ``int(ratio * tokens)`` random tokens of each sample (Point-MAE, "rand").
 
     Args:
@@ -31,12 +33,18 @@ def random_mask(segments: Segments, ratio: float, random: BatchRandom, device: t
         ratio: Share to hide, 0 <= ratio < 1.
         random: Source of the draws.
         device: Where the mask is wanted.
+        ragged: Draw for each sample apart, so that its mask does not depend on the longest sample it shares a batch with. (False gives
+            the masks that earlier Point-MAE runs drew, whose samples all have as many tokens.)
 
     Returns:
         ``[T]`` bool, packed like the tokens.
     """
     longest = max(segments.lengths, default=0)
-    score = random.rand(longest, device=device)
+    if ragged:
+        score = torch.zeros(len(segments.lengths), longest, device=device)
+        score[~_beyond(segments, longest, device)] = random.rows(segments.lengths).to(device)
+    else:
+        score = random.rand(longest, device=device)
     score = score.masked_fill(_beyond(segments, longest, device), torch.inf)
     return _hide_lowest(score, segments, ratio)
 

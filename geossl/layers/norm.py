@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from geossl.errors import unknown_name
 
 
 class Moments(NamedTuple):
@@ -52,12 +55,26 @@ class BatchNorm(nn.BatchNorm1d):
     """``BatchNorm1d`` over rows ``[N, C]`` whose training statistics are those of the rows of *all* processes.
 
     State and numbers are those of :class:`torch.nn.BatchNorm1d`; unlike ``SyncBatchNorm`` it works on every device.
+
+    Args:
+        channels: Columns ``C``.
+        biased_running_var: Keep the running mean of the biased variance, as the masked batch norm of PoLAr-MAE does, instead of the
+            unbiased one.
     """
+
+    def __init__(self, channels: int, *, biased_running_var: bool = False) -> None:
+        super().__init__(channels)
+        self.biased_running_var = biased_running_var
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[N, C]``."""
-        if not self.training or world_size() == 1:
+        if not self.training or (world_size() == 1 and not self.biased_running_var):
             return super().forward(x)
+        if world_size() == 1 and x.shape[0] > 1:
+            mean, unbiased = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+            out = F.batch_norm(x, mean, unbiased, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+            self.update(mean, unbiased * ((x.shape[0] - 1) / x.shape[0]), x.shape[0])
+            return out
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = sum_over_ranks(wide.new_tensor(float(x.shape[0])))
         mean = sum_over_ranks(wide.sum(0)) / count
@@ -74,13 +91,17 @@ class BatchNorm(nn.BatchNorm1d):
         self.num_batches_tracked += 1
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_((variance * (count / max(count - 1, 1))).to(self.running_var.dtype), momentum)
+        if not self.biased_running_var:
+            variance = variance * (count / max(count - 1, 1))
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
     @torch.no_grad()
     def update_from_input(self, moments: Moments, linear: nn.Linear) -> None:
         """Move the running statistics towards those of ``linear``'s output, given the ``moments`` of its input."""
         weight = linear.weight.to(moments.mean.dtype)
-        mean = weight @ moments.mean + linear.bias
+        mean = weight @ moments.mean
+        if linear.bias is not None:
+            mean = mean + linear.bias
         self.update(mean, ((weight @ moments.covariance) * weight).sum(1), moments.rows)
 
 
@@ -94,6 +115,45 @@ def row_moments(rows: Tensor) -> Moments:
     centred = wide - mean
     covariance = sum_over_ranks(centred.T @ centred) / count
     return Moments(mean.to(rows.dtype), covariance.to(rows.dtype), count)
+
+
+class BatchwideNorm(nn.Module):
+    """The "masked layer norm" of PoLAr-MAE: one mean and one deviation over all rows *and* channels of the whole batch.
+
+    ``y = weight * (x - mean) / sqrt(variance + 1e-13) + bias``, without running statistics, so that in evaluation too the features of a
+    sample depend on the others in its batch. For official checkpoints; new models want ``LayerNorm``. Under several processes, each
+    normalises its own rows, as published.
+
+    Args:
+        dim: Channels.
+    """
+
+    eps = 1e-13
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[T, C]``; statistics and result are float32 (float64 for float64)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if x.numel() == 0:
+            return x
+        if x.device.type == "cpu":
+            normed = F.layer_norm(x, x.shape, eps=self.eps)
+        else:  # there, layer_norm would give this single row to a single block of threads
+            variance, mean = torch.var_mean(x, correction=0)
+            normed = (x - mean) * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias, normed, self.weight)
+
+
+def make_norm(kind: str, dim: int) -> nn.Module:
+    """Make the norm of a transformer: "layer" (each token over its channels) or "batchwide" (:class:`BatchwideNorm`)."""
+    kinds: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batchwide": BatchwideNorm}
+    if kind not in kinds:
+        raise unknown_name("norm", kind, kinds)
+    return kinds[kind](dim)
 
 
 class Folded(NamedTuple):
@@ -110,6 +170,15 @@ def fold_batchnorm(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: 
     inverse_std = (((weight @ moments.covariance) * weight).sum(1).clamp(min=0) + eps).rsqrt()
     scale = norm_weight * inverse_std
     return Folded(scale[:, None] * weight, norm_bias - scale * (weight @ moments.mean), scale, inverse_std)
+
+
+def fold_running(linear: nn.Linear, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``linear`` with the evaluation-mode normalisation after it folded in; differentiable."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.running_mean if linear.bias is None else norm.running_mean - linear.bias
+    return scale[:, None] * linear.weight, norm.bias - scale * shift
 
 
 class FoldGradient(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,3 +41,17 @@ class BatchRandom:
         if self.slot is not None:
             noise = noise[self.slot]
         return noise.to(device)
+
+    def rows(self, lengths: Sequence[int], *shape: int) -> Tensor:
+        """Uniform numbers for each row of packed samples, ``[sum(lengths), *shape]`` float32 on the CPU.
+
+        Those of a sample depend on its place in the global batch alone, not on how many rows the other samples have: every sample gets
+        a seed of its own.
+        """
+        seeds = (self.rand(2).double() @ torch.tensor([2.0**48, 2.0**24], dtype=torch.float64)).long()  # 24 random bits each
+        parts = [torch.rand(n, *shape, generator=torch.Generator().manual_seed(s)) for n, s in zip(lengths, seeds.tolist(), strict=True)]
+        return torch.cat(parts) if parts else torch.rand(0, *shape)
+
+    def shared(self, *shape: int) -> Tensor:
+        """Uniform numbers that are the same for the whole global batch, ``shape`` float32 on the CPU."""
+        return torch.rand(shape, generator=self.generator)

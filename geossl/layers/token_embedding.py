@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geossl.layers.fast_token_embedding import COLUMNS_PER_CHUNK, FastEmbedding
-from geossl.layers.norm import BatchNorm, Moments, row_moments
+from geossl.layers.fast_token_embedding import Groups, embed_evaluation, embed_training
+from geossl.layers.norm import BatchNorm
 
 
 class PointTokenEmbedding(nn.Module):
@@ -38,19 +38,21 @@ class PointTokenEmbedding(nn.Module):
 
         Args:
             groups: Points of each group, ``[G, K, in_channels]``, positions relative to the group's centre.
-            keep: Numbers of the groups whose token is wanted, ``[T]`` int64; None means all. The others only enter the batch
+            keep: Numbers of the groups whose token is wanted, ``[T]`` int64, none twice; None means all. The others only enter the batch
                 statistics in training, and cost nothing in evaluation.
 
         Returns:
             ``[T, dim]``. Differentiable in ``groups`` and all parameters.
         """
-        if groups.shape[0] == 0:
+        count, size, _ = groups.shape
+        if count == 0:
             return groups.new_zeros(0, self.conv4.out_features)
+        device = groups.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else groups.dtype
         if self.training:
-            return self._train_forward(groups, keep)
-        if keep is not None:
-            groups = groups[keep]
-        return torch.cat([self._eval_forward(part) for part in groups.split(max(1, COLUMNS_PER_CHUNK // groups.shape[1]))])
+            return embed_training(self, groups.flatten(0, 1), Groups.of_size(count, size, device), keep, dtype)
+        groups = groups if keep is None else groups[keep]
+        return embed_evaluation(self, groups.flatten(0, 1), Groups.of_size(groups.shape[0], size, device), dtype)
 
     def reference(self, groups: Tensor) -> Tensor:
         """The definition, in plain torch, for all groups: ``[G, K, in_channels] -> [G, dim]``. The twin of :meth:`forward`."""
@@ -59,26 +61,3 @@ class PointTokenEmbedding(nn.Module):
         x = torch.cat([x.max(1, keepdim=True).values.expand_as(x), x], dim=2)
         x = self.conv4(F.relu(self.norm2(self.conv3(x.flatten(0, 1))))).view(count, size, -1)
         return x.max(1).values  # unlike amax, the gradient goes to the first of equal maxima, as published
-
-    def _eval_forward(self, groups: Tensor) -> Tensor:
-        count, size, _ = groups.shape
-        local = self.conv2(F.relu(self.norm1(self.conv1(groups.flatten(0, 1))))).view(count, size, -1)
-        shared, own = self.conv3.weight.chunk(2, dim=1)
-        hidden = F.linear(local, own) + F.linear(local.amax(1), shared, self.conv3.bias)[:, None]
-        hidden = F.relu(self.norm2(hidden.flatten(0, 1)))
-        return self.conv4(hidden).view(count, size, -1).amax(1)
-
-    def _train_forward(self, groups: Tensor, keep: Tensor | None) -> Tensor:
-        device = groups.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else groups.dtype
-        if keep is None:
-            keep = torch.arange(groups.shape[0], device=groups.device)
-        with torch.autocast(device, enabled=False):
-            first = row_moments(groups.flatten(0, 1))
-            layers = self.conv1, self.norm1, self.conv2, self.conv3, self.norm2, self.conv4
-            tokens, mean, covariance = FastEmbedding.apply(
-                groups, *first, keep, dtype, self.norm1.eps, self.norm2.eps, *(p for layer in layers for p in (layer.weight, layer.bias))
-            )
-            self.norm1.update_from_input(first, self.conv1)
-            self.norm2.update_from_input(Moments(mean, covariance, first.rows), self.conv3)
-        return tokens

@@ -1,7 +1,8 @@
 """Self-supervised systems: masking, decoder and loss around a backbone, one file each."""
 
 from geossl.methods.point_mae import PointMAE, PointMAEConfig
+from geossl.methods.polar_mae import PolarMAE, PolarMAEConfig
 from geossl.methods.reference import REFERENCES, load_reference
 from geossl.methods.registry import METHODS
 
-__all__ = ["METHODS", "REFERENCES", "PointMAE", "PointMAEConfig", "load_reference"]
+__all__ = ["METHODS", "REFERENCES", "PointMAE", "PointMAEConfig", "PolarMAE", "PolarMAEConfig", "load_reference"]

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from geossl.errors import unknown_name
-from geossl.methods import point_mae
+from geossl.errors import CheckpointError, unknown_name
+from geossl.methods import point_mae, polar_mae
 from geossl.models.checkpoints import load_state, read_reference_state
 from geossl.models.point_vit import PointViT
+from geossl.models.point_vit_volume import VolumePointViT
 
 
 def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, Any], config: Mapping[str, Any] | None = None) -> nn.Module:
@@ -20,13 +21,16 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
     Files are read without executing pickled code; any missing or unexpected weight is an error that lists the names.
 
     Args:
-        system: ``"point_mae"``. Pretraining and classifier files are told apart by their weights.
-        source: The file (``.pth``, ``.safetensors``), or what was read from it.
-        config: The ``model`` section of the published configuration, for files trained with other than the released numbers.
+        system: ``"point_mae"`` or ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE). Pretraining and fine-tuned files are told
+            apart by their weights.
+        source: The file (``.pth``, ``.ckpt``, ``.safetensors``), or what was read from it.
+        config: For files trained with other than the released numbers. point_mae: the ``model`` section of the published configuration.
+            polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`.
 
     Returns:
-        The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`) for a pretraining file, the task
-        (:class:`geossl.tasks.Classification`) for a classifier file. Its ``backbone`` is the encoder.
+        The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`, :class:`geossl.methods.PolarMAE`) for a pretraining
+        file, the task (:class:`geossl.tasks.Classification`, :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone``
+        is the encoder.
 
     Raises:
         UnknownNameError: unknown ``system``.
@@ -40,6 +44,19 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
         raise unknown_name("reference system", system, REFERENCES)
     model = REFERENCES[system](source if isinstance(source, Mapping) else os.fspath(source), config)
     return model.eval()
+
+
+def find_system(source: str | os.PathLike[str]) -> str:
+    """Tell which system an official checkpoint file is of, by the names of its weights: a key of ``REFERENCES``.
+
+    Raises:
+        CheckpointError: the file is unsafe, damaged, or of no system that is known.
+    """
+    names = read_reference_state(source, skip_objects=True)
+    for system, marker in (("polar_mae", "encoder.pos_embed.pos_enc.0.weight"), ("point_mae", "pos_embed.0.weight")):
+        if any(name.endswith(marker) for name in names):
+            return system
+    raise CheckpointError(f"{source}: of none of the systems {', '.join(REFERENCES)}; its weights are {sorted(names)[:8]}")
 
 
 def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
@@ -57,5 +74,20 @@ def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
     return model
 
 
-REFERENCES: dict[str, Callable[[Any, Mapping[str, Any] | None], nn.Module]] = {"point_mae": _point_mae}
+def _polar_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
+    state = polar_mae.strip_prefix(read_reference_state(source, skip_objects=True))  # Lightning files hold their hyper-parameters' classes
+    name = "the given state" if isinstance(source, Mapping) else source
+    if any(key.startswith("seg_head.") for key in state):
+        from geossl.tasks import segmentation
+
+        (backbone_config, task_config), converted = segmentation.convert_segmentation_state(state, config)
+        model: nn.Module = task_config.build(VolumePointViT(backbone_config))
+    else:
+        (encoder_config, method_config), converted = polar_mae.convert_reference_state(state, config)
+        model = method_config.build(VolumePointViT(encoder_config))
+    load_state(model, converted, source=name)
+    return model
+
+
+REFERENCES: dict[str, Callable[[Any, Mapping[str, Any] | None], nn.Module]] = {"point_mae": _point_mae, "polar_mae": _polar_mae}
 """Systems whose official checkpoints can be read."""

@@ -2,5 +2,18 @@
 
 from geossl.models.factory import BACKBONES, FeatureInfo, create_backbone, list_backbones, load, save_backbone
 from geossl.models.point_vit import PointViT, PointViTConfig
+from geossl.models.point_vit_volume import VolumeGroups, VolumePointViT, VolumePointViTConfig
 
-__all__ = ["BACKBONES", "FeatureInfo", "PointViT", "PointViTConfig", "create_backbone", "list_backbones", "load", "save_backbone"]
+__all__ = [
+    "BACKBONES",
+    "FeatureInfo",
+    "PointViT",
+    "PointViTConfig",
+    "VolumeGroups",
+    "VolumePointViT",
+    "VolumePointViTConfig",
+    "create_backbone",
+    "list_backbones",
+    "load",
+    "save_backbone",
+]

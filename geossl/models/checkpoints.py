@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import pickle
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors
@@ -29,13 +31,76 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as safetensors (missing, truncated or not such a file): {error}") from error
 
 
-def read_torch_file(path: str | os.PathLike[str]) -> Any:
-    """Read a ``.pth``/``.pt``/``.ckpt`` file with ``weights_only=True``: tensors and plain containers, never code.
+class _Skipped:
+    """Stands for an object that a file asks for and nobody needs: takes whatever it is built from, and keeps none of it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Skipped:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def _ignore(self, *args: Any) -> None: ...
+
+    __setstate__ = __setitem__ = append = extend = add = update = _ignore
+
+
+class _Rebuild:
+    """One of the functions that torch files rebuild their tensors with. Has no attributes that a file could change."""
+
+    __slots__ = ("_name",)
+    _name: str
+
+    def __init__(self, name: str) -> None:
+        object.__setattr__(self, "_name", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"the file tries to set {name}")
+
+    def __call__(self, *args: Any) -> Tensor:
+        return getattr(torch._utils, self._name)(*args)
+
+
+class _DataOnly(pickle.Unpickler):
+    """Reads tensors and plain containers. Of everything else that a file names, nothing is imported, looked up or called."""
+
+    _allowed: ClassVar[dict[str, Any]] = {
+        f"torch._utils.{name}": _Rebuild(name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+    } | {"collections.OrderedDict": OrderedDict}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._allowed.get(f"{module}.{name}", _Skipped)
+
+
+class _DataOnlyPickle:
+    """What :func:`torch.load` takes as ``pickle_module``."""
+
+    __name__ = "geossl data-only pickle"
+    Unpickler = _DataOnly
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _DataOnly(file, **options).load()
+
+
+def read_torch_file(path: str | os.PathLike[str], *, skip_objects: bool = False) -> Any:
+    """Read a ``.pth``/``.pt``/``.ckpt`` file: tensors and plain containers, never code.
+
+    Args:
+        path: The file.
+        skip_objects: What to do with a file that holds other Python objects (Lightning checkpoints keep the classes of their
+            hyper-parameters): read around them, putting an empty stand-in for each; nothing they name is imported or called. False
+            refuses such a file.
 
     Raises:
         CheckpointError: the file is missing, truncated, or asks for anything but data.
     """
     try:
+        if skip_objects:
+            if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+                raise CheckpointError(
+                    f"{path} is a TorchScript program, which would run when read; it was not opened. Save its state_dict."
+                )
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_DataOnlyPickle)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -43,15 +108,15 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
             f"{path} holds Python objects beyond tensors and plain containers, which would run code when read; it was not opened. "
             f"If you trust its author, re-save only its state_dict. ({str(error).splitlines()[0]})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} cannot be read as a torch file (missing, truncated or not such a file): {error}") from error
 
 
-def read_reference_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+def read_reference_state(source: str | os.PathLike[str] | Mapping[str, Any], *, skip_objects: bool = False) -> dict[str, Tensor]:
     """Find the weights in an official checkpoint: a file (torch or safetensors), or what was read from one.
 
     Looks under the usual keys (``base_model``, ``model``, ``state_dict``) and strips the ``module.`` that data-parallel training
-    leaves; float16 weights become float32.
+    leaves; float16 weights become float32. ``skip_objects``: see :func:`read_torch_file`.
 
     Raises:
         CheckpointError: no tensors are found.
@@ -60,7 +125,7 @@ def read_reference_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> 
         content, name = source, "the given state"
     else:
         name = str(source)
-        content = read_safetensors(source) if Path(source).suffix == ".safetensors" else read_torch_file(source)
+        content = read_safetensors(source) if Path(source).suffix == ".safetensors" else read_torch_file(source, skip_objects=skip_objects)
     for key in ("base_model", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

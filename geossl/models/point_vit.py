@@ -64,6 +64,10 @@ class PointViTConfig:
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"drop_path must lie in [0, 1), got {self.drop_path}")
 
+    def describe(self) -> str:
+        """What comes out, in words."""
+        return f"{self.groups} tokens of {self.dim} channels"
+
     def build(self) -> PointViT:
         """Create the backbone with fresh weights."""
         return PointViT(self)

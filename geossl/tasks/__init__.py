@@ -4,6 +4,7 @@ from geossl.tasks.classification import Classification, ClassificationConfig
 from geossl.tasks.gaussian_density import DensityConfig
 from geossl.tasks.gaussian_fitting import GaussianFit, GaussianFitConfig, GaussianFitResult, RatesConfig, StartConfig, fit_gaussians
 from geossl.tasks.registry import TASKS
+from geossl.tasks.segmentation import Segmentation, SegmentationConfig
 
 __all__ = [
     "TASKS",
@@ -14,6 +15,8 @@ __all__ = [
     "GaussianFitConfig",
     "GaussianFitResult",
     "RatesConfig",
+    "Segmentation",
+    "SegmentationConfig",
     "StartConfig",
     "fit_gaussians",
 ]

@@ -19,6 +19,7 @@ import yaml
 
 import geossl
 from geossl.errors import DataError
+from geossl.vis.events import event_panel, packed, segmentation_panel, token_panel
 from geossl.vis.layout import layout_2d, neighbors
 
 # Tableau's twenty colours; neighbours in this order are easy to tell apart.
@@ -35,6 +36,8 @@ TITLES = {
     "memory_gb": "Memory, GB",
 }
 BASELINE_TITLES = {
+    "always": "Every class always",
+    "hand_made": "Hand-made description",
     "majority": "Majority class",
     "shape_histogram": "Shape histogram",
     "random_uncalibrated": "Random encoder, raw",
@@ -49,6 +52,12 @@ METHOD_TITLES = {
     "nerf_mae": "NeRF-MAE",
     "croco": "CroCo",
     "gaussian2scene": "Gaussian2Scene",
+}
+CURVE_TITLES = {
+    "svm": "Probe: linear SVM on frozen features",
+    "token_f1": "Probe: F1 of linear SVMs on frozen tokens",
+    "macro_f1": "F1 on the test part",
+    "accuracy": "Accuracy on the test part",
 }
 NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall", "eta")
 MOST_STEPS = 1500
@@ -75,16 +84,20 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     config = yaml.safe_load(config_text) or {}
     steps, columns, probed = read_metrics(run / "metrics.jsonl")
     summary = _read_json(run / "report" / "probes.json")
+    token_probe = _read_json(run / "report" / "token_probe.json")
     embedding = _read_arrays(run / "report" / "embedding.npz")
     shown, shelf = _embedding_panel(embedding)
     pictures, error_scale = _picture_panel(_read_arrays(run / "report" / "pictures.npz"))
     data: dict[str, Any] = {
         "pretraining": "task" not in config,
-        "header": _header(run, config, steps, columns, probed, summary),
+        "header": _header(run, config, steps, columns, probed, _verdict(summary, token_probe)),
         "metrics": {"step": steps, "columns": columns, "titles": TITLES},
-        "curve": _probe_curve(probed, summary),
+        "curve": _probe_curve(probed, _curve_baselines(summary, token_probe)),
         "pictures": pictures,
         "error_scale": error_scale,
+        "events": event_panel(_read_arrays(run / "report" / "events.npz")),
+        "segmentation": segmentation_panel(_read_json(run / "report" / "segmentation.json")),
+        "token_probe": token_panel(token_probe, BASELINE_TITLES),
         "map": shown,
         "retrieval": shelf,
         "probes": _probe_panel(summary),
@@ -147,37 +160,45 @@ def _finite(value: float | None) -> float | None:
     return float(f"{value:.6g}") if value is not None and np.isfinite(value) else None
 
 
-def _probe_curve(probed: dict[str, list[Any]], summary: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the curve of the scores taken during training: the SVM probe, or the accuracy of a fine-tuned classifier."""
-    key = next((name for name in ("svm", "accuracy") if name in probed), None)
+def _probe_curve(probed: dict[str, list[Any]], baselines: dict[str, float]) -> dict[str, Any] | None:
+    """Return the curve of the scores taken during training: of a probe, or of a fine-tuned task on its test part."""
+    key = next((name for name in CURVE_TITLES if name in probed), None)
     if key is None:
         return None
-    baselines = []
-    for name, short, color in (("random", "random", "var(--bad)"), ("shape_histogram", "hand-made", "var(--soft)")):
-        scores = summary["baselines"].get(name, []) if summary else []
-        baselines += [{"name": short, "value": score["mean"], "color": color} for score in scores if score["probe"] == key]
+    lines = (("random", "random", "var(--bad)"), ("shape_histogram", "hand-made", "var(--soft)"), ("hand_made", "hand-made", "var(--soft)"))
+    prefix = {"token_f1": "token_f1_", "macro_f1": "f1_"}.get(key)
     return {
-        "title": "Probe: linear SVM on frozen features" if key == "svm" else "Accuracy on the test part",
+        "title": CURVE_TITLES[key],
         "step": probed["step"],
         "mean": probed[key],
+        "name": "mean" if prefix else "resplits" if f"{key}_std" in probed else "test",
         "std": [value or 0.0 for value in probed[f"{key}_std"]] if f"{key}_std" in probed else None,
         "official": probed.get(f"{key}_official"),
-        "baselines": baselines,
+        "classes": {name.removeprefix(prefix): values for name, values in probed.items() if prefix and name.startswith(prefix)},
+        "baselines": [{"name": short, "value": baselines[name], "color": color} for name, short, color in lines if name in baselines],
     }
 
 
+def _curve_baselines(summary: dict[str, Any] | None, tokens: dict[str, Any] | None) -> dict[str, float]:
+    """What the curve of the probe is compared with, by name."""
+    if tokens is not None:
+        return {name: score["macro_f1"] for name, score in tokens["baselines"].items() if score["macro_f1"] is not None}
+    rows = summary["baselines"].items() if summary else ()
+    return {name: score["mean"] for name, scores in rows for score in scores if score["probe"] == "svm"}
+
+
 def _header(
-    run: Path, config: dict[str, Any], steps: list[int], columns: dict[str, Any], probed: dict[str, Any], summary: dict[str, Any] | None
+    run: Path, config: dict[str, Any], steps: list[int], columns: dict[str, Any], probed: dict[str, Any], verdict: dict[str, Any] | None
 ) -> dict[str, Any]:
     what, data, backbone = (_name(config, "method") or _name(config, "task"), _name(config, "data"), _name(config, "backbone"))
-    result = summary.get("verdict") if summary else None
     tiles: list[tuple[str, str, str]] = []
-    if result:
-        tiles.append(("Probe, linear SVM", _percent(result["mean"]), f"± {100 * result['std']:.1f} over resplits"))
-        tiles.append(("Random encoder, calibrated", _percent(result["bar"]), "the bar to beat"))
-    reached = [value for value in probed.get("accuracy", []) if value is not None]
-    if reached:
-        tiles.append(("Test accuracy", _percent(reached[-1]), f"best {_percent(max(reached))}"))
+    if verdict:
+        tiles.append((verdict["title"], _percent(verdict["value"]), verdict["note"]))
+        tiles.append(("Random encoder, calibrated", _percent(verdict["bar"]), "the bar to beat"))
+    for key, title in (("macro_f1", "Macro F1"), ("mean_iou", "Mean IoU"), ("accuracy", "Test accuracy")):
+        reached = [value for value in probed.get(key, []) if value is not None]
+        if reached:
+            tiles.append((title, _percent(reached[-1]), f"best {_percent(max(reached))}"))
     losses = [value for value in columns.get("loss", []) if value is not None]
     if losses:
         tiles.append(("Loss", f"{np.mean(losses[-max(1, len(losses) // 20) :]):.3g}", f"from {losses[0]:.3g}"))
@@ -193,23 +214,50 @@ def _header(
     return {
         "eyebrow": " · ".join(part for part in (backbone, data, run.resolve().name) if part),
         "title": f"{METHOD_TITLES.get(what, what.capitalize())} on {data}" if what and data else run.resolve().name,
-        "verdict": _verdict_words(result),
+        "verdict": _verdict_words(verdict),
         "tiles": [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles],
         "footer": f"Written by geossl {geossl.__version__} on {time.strftime('%Y-%m-%d %H:%M')}. One file, no network needed.",
     }
 
 
-def _verdict_words(result: dict[str, Any] | None) -> list[dict[str, str]]:
+def _verdict(summary: dict[str, Any] | None, tokens: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How far the probed encoder is from the bar, in one form for both kinds of probe."""
+    if tokens is not None:
+        found = tokens["verdict"]
+        return {
+            "title": "Token probe, macro F1",
+            "subject": "Linear SVMs on its frozen tokens reach a macro F1 of ",
+            "value": found["macro_f1"],
+            "bar": found["bar"],
+            "lead": found["lead"],
+            "note": "mean over the classes",
+            "doubt": "",
+        }
+    found = summary.get("verdict") if summary else None
+    if not found:
+        return None
+    return {
+        "title": "Probe, linear SVM",
+        "subject": "A linear SVM on its frozen features reaches ",
+        "value": found["mean"],
+        "bar": found["bar"],
+        "lead": found["lead"],
+        "note": f"± {100 * found['std']:.1f} over resplits",
+        "doubt": "" if abs(found["lead"]) > found["lead_std"] else ", within the spread of the resplits",
+    }
+
+
+def _verdict_words(verdict: dict[str, Any] | None) -> list[dict[str, str]]:
     """Say how far the encoder is from the bar; each piece with the style it is set in."""
-    if not result:
+    if not verdict:
         return []
-    lead, clear = result["lead"], abs(result["lead"]) > result["lead_std"]
+    lead = verdict["lead"]
     pieces = (
-        ("A linear SVM on its frozen features reaches ", ""),
-        (_percent(result["mean"]), "b"),
+        (verdict["subject"], ""),
+        (_percent(verdict["value"]), "b"),
         (", ", ""),
         (f"{abs(100 * lead):.1f} points {'above' if lead >= 0 else 'below'}", "up" if lead >= 0 else "down"),
-        (" the same encoder before training" + ("." if clear else ", within the spread of the resplits."), ""),
+        (f" the same encoder before training{verdict['doubt']}.", ""),
     )
     return [{"text": text, "style": style} for text, style in pieces]
 
@@ -255,7 +303,7 @@ def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str,
             {
                 "name": str(name),
                 "visible_share": share,
-                **{key: _packed(np.unique(c, axis=0) if key == "visible" else c) for key, c in clouds.items()},
+                **{key: packed(np.unique(c, axis=0) if key == "visible" else c) for key, c in clouds.items()},
             }
         )
     scale = float(np.quantile(np.concatenate(errors), 0.97)) if errors and sum(map(len, errors)) else 1.0
@@ -263,10 +311,6 @@ def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str,
         picture["mean_error"] = float(error.mean()) if len(error) else 0.0
         picture["error"] = _base64(np.round(255 * np.clip(error / max(scale, 1e-9), 0, 1)).astype(np.uint8))
     return found, scale
-
-
-def _packed(cloud: np.ndarray) -> str:
-    return _base64(np.round(np.clip(cloud, -1.99, 1.99) * 16384).astype("<i2"))
 
 
 def _base64(array: np.ndarray) -> str:
@@ -413,7 +457,7 @@ def _assemble(title: str, data: dict[str, Any]) -> str:
     """Put style, scripts and data into the page. Data cannot break out of its element: every "<" in it is escaped."""
     folder = resources.files("geossl.vis") / "templates"
     page = (folder / "report.html").read_text()
-    script = "\n".join((folder / name).read_text() for name in ("points.js", "charts.js", "panels.js"))
+    script = "\n".join((folder / name).read_text() for name in ("points.js", "charts.js", "panels.js", "events.js", "start.js"))
     payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = page.replace("/*TITLE*/", html.escape(title)).replace("/*STYLE*/", (folder / "report.css").read_text())
     return page.replace("/*SCRIPT*/", script).replace("/*DATA*/", payload)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from geossl import cli
 from geossl.cli import benchmark
-from geossl.cli.benchmark import bars, imports, neighbor_peers, ops, splat, steps
+from geossl.cli.benchmark import bars, event_steps, imports, neighbor_peers, ops, splat, steps
 from geossl.cli.benchmark import measure as measuring
 from geossl.cli.benchmark.clouds import KINDS, clouds, surfaces
 from geossl.cli.benchmark.measure import (
@@ -127,9 +127,12 @@ def test_splat(tmp_path):
 def test_data(tmp_path):
     rows = run(tmp_path, "data", "--quick")
     check(rows, "data")
-    assert {row["name"].partition("/")[0] for row in rows} == {"objects", "shards"}
-    for row in rows:
+    batches, events = rows[:-2], rows[-2:]
+    assert {row["name"].partition("/")[0] for row in batches} == {"objects", "shards"}
+    for row in batches:
         assert row["share_of_step"] == pytest.approx(row["cpu_s"] / row["step_cpu_s"])
+    assert [row["name"] for row in events] == ["events/shards", "events/simulated"]
+    assert events[0]["peer"] == "PILArNet-M HDF5"
 
 
 @pytest.mark.slow
@@ -138,6 +141,18 @@ def test_import(tmp_path):
     check(rows, "import")
     assert rows[0]["peer"] == "import torch"
     assert rows[0]["target_s"] == imports.TARGET
+
+
+def test_steps_of_events(tmp_path):
+    rows = run(tmp_path, "steps", "--quick", "--method", "polar_mae")
+    check(rows, "steps")
+    by_name = {row["name"]: row for row in rows}
+    for name in ("released", "point-mae"):
+        for dtype in ("float32", "bfloat16"):
+            assert [peer["name"] for peer in by_name[f"polar_mae/{name}/step/{dtype}"]["peers"]] == ["plain torch, padded"]
+            assert by_name[f"polar_mae/{name}, drops/step/{dtype}"]["peers"] == []
+    assert by_name["polar_mae/released/features/float32"]["peers"]
+    assert {"polar_mae/released/tokenizer", "polar_mae/released/grouping", "polar_mae/growth/1 events"} < set(by_name)
 
 
 def test_rows_can_be_chosen(tmp_path):
@@ -156,6 +171,8 @@ def test_full_runs_hold_the_sizes_and_targets_of_the_design():
     config = step.module.backbone.config
     assert (config.dim, config.depth, config.heads, config.groups, config.group_size, config.drop_path) == (384, 12, 6, 64, 32, 0.1)
     assert (len(step.batch), step.batch.points.coord.shape[0], step.module.training) == (8, 8 * 2048, True)
+    assert event_steps.TARGETS[("polar_mae", False, torch.float32)] == 1.6
+    assert {f"polar_mae/growth/{n} events" for n in (1, 2, 4, 8, 16)} < set(steps.cases("polar_mae", quick=False))
     calls = [case() for name, case in ops.cases(quick=False).items() if "8 of 8" in name or "8 to 8" in name or name.endswith("/8->4")]
     assert [case.target for case in calls] == [ops.CALL_TARGET] * 6
 
@@ -169,6 +186,19 @@ def test_disagreement_of_gradients_is_seen():
     assert "loss" in steps._gradients_differ(good, {**good, "loss": torch.tensor(2.001)}, torch.float32)
     assert "cosine" in steps._gradients_differ(good, {**good, "b": -good["b"]}, torch.float32)
     assert "no gradient for ['b']" in steps._gradients_differ(good, {"loss": good["loss"], "a": good["a"]}, torch.float32)
+
+
+def test_a_step_with_its_optimiser_leaves_the_weights_alone():
+    """So that all samples, and the peer's answers, belong to the same weights."""
+    step = event_steps.build_step("polar_mae", True, event_steps.typical_events(quick=True), quick=True)
+    before = [p.detach().clone() for p in step.module.parameters()]
+    event_steps.whole_step(step, torch.float32)()
+    assert all(torch.equal(a, b) for a, b in zip(before, step.module.parameters(), strict=True))
+
+
+def test_one_event_may_be_far_larger_than_the_rest():
+    sizes = sorted(len(sample.points) for sample, _ in event_steps.event_pool(quick=True))
+    assert len(event_steps.larger_event(quick=True).points) > 0.9 * sum(sizes)
 
 
 def test_plain_step_notices_a_wrong_loss():

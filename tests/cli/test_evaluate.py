@@ -8,6 +8,7 @@ import torch
 import geossl
 from geossl.cli import evaluate, run
 from geossl.data import DATASETS
+from geossl.errors import ConfigError, DataError
 from geossl.models import save_backbone
 
 TINY = {"dim": 12, "depth": 2, "heads": 2, "groups": 4, "group_size": 4}
@@ -87,3 +88,36 @@ def test_a_folder_that_cannot_be_written_is_named(export, tmp_path, capsys):
     args = [str(export), "--resplits", "1", "--probes", "knn", "--out", str(tmp_path / "file" / "x.json")]
     assert run("evaluate", args) == 2
     assert "x.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def events_export(tmp_path):
+    """The export of a run on events."""
+    torch.manual_seed(0)
+    folder = tmp_path / "events_run"
+    tiny = {"dim": 24, "depth": 2, "heads": 2, "embed_widths": (8, 16, 16)}
+    save_backbone(geossl.create_backbone("point_vit_volume_tiny", **tiny), folder / "export")
+    (folder / "config.yaml").write_text("data: {name: lartpc, events: 6, val_events: 3, seed: 2, remove_led: true}\n")
+    return folder
+
+
+def test_tokens_of_events_are_probed_with_every_baseline(events_export, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    assert evaluate.main([str(events_export), "--tokens", "300", "--instances", "--out", str(out)]) == 0
+    summary = json.loads(out.read_text())
+    assert (summary["data"], summary["architecture"]) == ("lartpc", "point_vit_volume_tiny")
+    assert list(summary["baselines"]) == ["always", "hand_made", "random_uncalibrated", "random"]
+    assert summary["classes"] == ["shower", "track", "michel", "delta"]
+    assert summary["verdict"]["lead"] == pytest.approx(summary["score"]["macro_f1"] - summary["baselines"]["random"]["macro_f1"])
+    assert {score["what"].split(",")[0] for score in summary["instances"]} == {"position", "attention of block 1"}
+    assert all(0 <= score["purity"] <= 1 and score["events"] <= 3 for score in summary["instances"])
+    printed = capsys.readouterr().out
+    for words in (*summary["baselines"], "encoder", "the calibrated random encoder", "Particles found by clustering", "untrained"):
+        assert words in printed
+
+
+def test_what_events_need_is_said(events_export, export, tmp_path):
+    with pytest.raises(ConfigError, match="layers: tokens of events are probed as the last block leaves them"):
+        evaluate.main([str(events_export), "--layers", "0"])
+    with pytest.raises(DataError, match="the backbone takes 3 columns but events have 4"):
+        evaluate.main([str(export), "--data.name", "lartpc"])

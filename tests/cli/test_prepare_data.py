@@ -10,13 +10,32 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import trimesh
 
 from geossl.cli import run
-from geossl.data import FileOptions, ModelNet40Config, ShardOptions, ShardsConfig, build_loader, check_shards, write_shards
+from geossl.data import (
+    EventShardOptions,
+    EventShardsConfig,
+    FileOptions,
+    LArTPCFileOptions,
+    LArTPCOptions,
+    ModelNet40Config,
+    PILArNetConfig,
+    ShardOptions,
+    ShardsConfig,
+    build_loader,
+    check_shards,
+    simulate_event,
+    write_event_shards,
+    write_lartpc,
+    write_pilarnet,
+    write_shards,
+)
 from geossl.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -76,9 +95,50 @@ def test_modelnet_text_files_are_converted_as_documented(tmp_path: Path) -> None
         assert all(np.allclose(shards.get(row).points, text.get(row).points, atol=1e-5) for row in range(len(text)))
 
 
+def test_events_are_simulated_and_read_with_the_printed_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "train" / "events.h5"
+    flags = ["lartpc", "--events", "20", "--seed", "3", "--version", "2", "--simulation.vertices", "2", "2", "--out", str(out)]
+    assert run("prepare-data", flags) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "20 events" in printed
+    assert f"use it with: --data.name pilarnet --data.root {out}" in printed
+    dataset = PILArNetConfig(root=out).build("train")
+    assert len(dataset) == 20
+    assert np.array_equal(dataset.read(17).voxel, simulate_event(3, 17, LArTPCOptions(vertices=(2, 2))).voxel)
+    first = out.read_bytes()
+    out.unlink()
+    assert run("prepare-data", [*flags, "--workers", "2"]) == 0
+    assert out.read_bytes() == first
+
+
+def test_files_of_events_become_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "train" / "events.h5", tmp_path / "out"
+    write_lartpc(source, LArTPCFileOptions(events=5))
+    flags = ["events", "--source", str(tmp_path), "--out", str(out), "--events_per_shard", "2"]
+    assert run("prepare-data", flags) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "5 events of" in printed
+    assert "points in 3 shards" in printed
+    assert f"use it with: --data.name event_shards --data.root {out}" in printed
+    assert len(EventShardsConfig(root=out).build("train")) == 5
+    assert run("prepare-data", ["check", "--source", str(out)]) == 0
+    assert "all 15 files have the checksums" in capsys.readouterr().out
+    with h5py.File(source, "r+") as file:
+        file["cluster"][2] = file["cluster"][2][:-1]
+    assert run("prepare-data", [*flags, "--on_bad", "skip"]) == 0
+    assert "warning: left out 1 events that could not be used; the first:" in capsys.readouterr().out
+    assert run("prepare-data", flags) == 2
+    assert "events.h5 event 2: cluster has" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["events", "--out", "x"], "--source is needed"),
+        (["events", "--source", "nowhere", "--out", "x"], "nowhere: this file or folder does not exist"),
+        (["lartpc", "--version", "3"], "version must be 1 or 2, got 3"),
+        (["lartpc", "--events", "0"], "events must be at least 1, got 0"),
+        (["lartpc", "--simulation.vertices", "3", "1"], "simulation.vertices must be two rising numbers of at least 1, got (3, 1)"),
         (["folder", "--out", "x"], "--source is needed"),
         (["folder", "--source", "nowhere", "--out", "x"], "nowhere: this folder does not exist"),
         (["folder", "--sauce", "x"], "unknown flag '--sauce'; did you mean '--source'"),
@@ -129,12 +189,41 @@ def many_files(tmp_path: Path) -> Path:
     return source
 
 
+@pytest.fixture
+def many_events(tmp_path: Path) -> Path:
+    event = simulate_event(0, 0)
+    write_pilarnet(tmp_path / "many.h5", [event] * 800)
+    return tmp_path / "many.h5"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_conversion_continues(workers: int, many_files: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "folder", "--source", str(many_files), "--out", str(out)]
-    program += ["--points", "500", "--clouds_per_shard", "4", "--workers", str(workers)]
+    flags = ["folder", "--source", str(many_files), "--points", "500", "--clouds_per_shard", "4", "--workers", str(workers)]
+    index = killed_and_continued(flags, tmp_path / "out", 100, lambda out: ShardsConfig(root=out).build("all"))
+    assert sum(shard["clouds"] for shard in index["shards"]) == 400
+    assert check_shards(tmp_path / "out") == 500
+    assert index == write_shards(many_files, tmp_path / "straight", FileOptions(points=500), ShardOptions(clouds_per_shard=4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_conversion_of_events_continues(workers: int, many_events: Path, tmp_path: Path) -> None:
+    flags = ["events", "--source", str(many_events), "--events_per_shard", "8", "--workers", str(workers)]
+    index = killed_and_continued(flags, tmp_path / "out", 100, lambda out: EventShardsConfig(root=out).build("all"))
+    assert sum(shard["events"] for shard in index["shards"]) == 800
+    assert check_shards(tmp_path / "out") == 500
+    assert index == write_event_shards(many_events, tmp_path / "straight", EventShardOptions(events_per_shard=8))
+
+
+def written(root: Path) -> dict[str, int]:
+    """When each shard was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("shard_*/shard.json")}
+
+
+def killed_and_continued(flags: list[str], out: Path, shards: int, build: Callable[[Path], object]) -> dict[str, Any]:
+    """Run ``prepare-data``, kill it after some shards, run it again, and return the index."""
+    program = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *flags, "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(program, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
@@ -144,18 +233,15 @@ def test_a_killed_conversion_continues(workers: int, many_files: Path, tmp_path:
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert wait_for(lambda: group_is_gone(process.pid), 20), "workers outlived the killed program"
 
-    done = {path.name: path.stat().st_ino for path in out.glob("shard_*")}
-    assert 5 <= len(done) < 100
+    done = written(out)
+    assert 5 <= len(done) < shards
     assert not json.loads((out / "index.json").read_text())["complete"]
     with pytest.raises(DataError, match="interrupted; run the same prepare_data command again"):
-        ShardsConfig(root=out).build("all")
+        build(out)
 
-    finished = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
-    assert "400 clouds in 100 shards" in " ".join(finished.stdout.split())
-    after = {path.name: path.stat().st_ino for path in out.glob("shard_*")}
-    assert len(after) == 100
+    subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    after = written(out)
+    assert len(after) == shards
     assert {name: after[name] for name in done} == done, "finished shards were converted again"
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
-    assert check_shards(out) == 500
-    straight = write_shards(many_files, tmp_path / "straight", FileOptions(points=500), ShardOptions(clouds_per_shard=4))
-    assert straight == json.loads((out / "index.json").read_text())
+    return dict(json.loads((out / "index.json").read_text()))

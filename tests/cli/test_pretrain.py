@@ -113,7 +113,7 @@ def test_help_works_for_every_variant(capsys: pytest.CaptureFixture[str]) -> Non
         with pytest.raises(SystemExit) as stopped:
             run("pretrain", ["--data.name", name, "--probe.data.name", name, "--help"])
         assert stopped.value.code == 0
-        assert "--probe.data.points" in capsys.readouterr().out
+        assert "--probe.data." in capsys.readouterr().out.replace("--probe.data.name", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,8 +278,11 @@ def test_a_checkpoint_that_would_run_code(finished: Path, tmp_path: Path, capsys
         (["--train.batch_size", "100000"], "train.batch_size must not be more than the data set"),
         (["--train.batch_size", "9", "--train.accumulate", "2"], "train.batch_size: 9 does not divide by the 1 processes times"),
         (["--data.name", "shapenet55", "--data.root", "absent"], "absent"),
-        (["--data.columns", "xyz+normal"], "backbone.in_channels is 3, but data.columns 'xyz+normal' gives 6"),
-        (["--probe.every", "1", "--probe.data.name", "objects", "--probe.data.columns", "all"], "probe.data.columns 'all' differs"),
+        (["--data.columns", "xyz+normal"], "in_channels is 3, but data set objects gives 6 numbers a point (xyz, normal)"),
+        (
+            ["--probe.every", "1", "--probe.data.name", "objects", "--probe.data.columns", "all"],
+            "probe.data objects gives xyz, normal, rgb, data objects xyz",
+        ),
         (["--backbone.heads", "5"], "backbone.heads must divide dim"),
         (["--resume", "elsewhere"], "elsewhere: no checkpoint there"),
         (["--train.parallel", "fsdp"], "needs torchrun"),
@@ -404,3 +407,19 @@ def test_two_processes_give_the_losses_of_one(finished: Path, tmp_path: Path, pa
             torch.testing.assert_close(weights(folder)[name], value, rtol=1e-2, atol=2e-4, msg=name)
     assert geossl.load(folder)
     assert (folder / "report.html").exists()
+
+
+def test_tokens_of_events_are_probed_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    flags = ["--train.steps", "2", "--train.batch_size", "2", "--train.log_every", "1", "--train.device", "cpu", "--data.events", "4"]
+    flags += ["--backbone.dim", "24", "--backbone.embed_widths", "8", "16", "16", "--data.val_events", "2", "--probe.tokens", "200"]
+    flags += ["--train.run_folder", str(folder), "--probe.every", "1"]
+    assert run("pretrain", [str(ROOT / "configs/polar_mae/smoke.yaml"), *flags]) == 0
+    probed = [row for row in rows(folder) if "probe/token_f1" in row]
+    assert [row["step"] for row in probed] == [1, 2]
+    assert {"probe/token_f1_shower", "probe/token_f1_track"} <= set(probed[0])
+    summary = json.loads((folder / "report/token_probe.json").read_text())
+    assert summary["score"]["macro_f1"] == pytest.approx(probed[-1]["probe/token_f1"])
+    assert set(np.load(folder / "report/events.npz")["classes"]) == {"shower", "track", "michel", "delta"}
+    assert run("pretrain", [str(ROOT / "configs/polar_mae/smoke.yaml"), *flags, "--train.overwrite", "--probe.layers", "0"]) == 2
+    assert "probe.layers: tokens of events are probed as the last block leaves them" in capsys.readouterr().err

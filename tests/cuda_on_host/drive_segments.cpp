@@ -7,6 +7,8 @@ BOTH(segment_sum, int, const void*, int64_t, int64_t, const int64_t*, const int6
 BOTH(segment_extreme, int, const void*, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t, int, double, void*, int64_t*);
 BOTH(segment_softmax, int, const void*, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t, void*);
 BOTH(segment_logsumexp, int, const void*, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t, void*);
+BOTH(linear_max_backward, int, const void*, const int64_t*, const int64_t*, int64_t, int64_t, const void*, int64_t, int64_t, const void*, void*,
+     void*);
 BOTH(find_keys, const int64_t*, const int64_t*, int64_t, const int64_t*, const int64_t*, int64_t, const int64_t*, int64_t, int64_t*);
 extern "C" int geossl_sort_keys_cpu(int, const int64_t*, int64_t, int, int64_t*, int64_t*);
 
@@ -52,6 +54,36 @@ void reduce(int64_t rows, int64_t channels, int64_t size, const char* what) {
   }
 }
 
+template <class T>
+void linear_max(int64_t rows, int64_t channels, int64_t width, const char* what) {
+  const std::vector<int64_t> splits{0, 0, rows / 3, rows / 3, rows};
+  const int64_t size = static_cast<int64_t>(splits.size()) - 1;
+  const auto random = [](int64_t count) {
+    std::vector<T> values(static_cast<size_t>(count));
+    for (T& v : values) v = static_cast<T>(uniform() * 4 - 2);
+    return values;
+  };
+  const std::vector<T> grad = random(size * channels), x = random(rows * width), weight = random(channels * width);
+  std::vector<int64_t> arg(grad.size());
+  for (size_t i = 0; i < arg.size(); ++i) {
+    const size_t s = i / static_cast<size_t>(channels);
+    const int64_t count = splits[s + 1] - splits[s];
+    arg[i] = count == 0 || i % 7 == 0 ? -1 : splits[s] + static_cast<int64_t>(uniform() * static_cast<double>(count));
+  }
+  std::vector<T> grad_x[2], grad_weight[2];
+  for (bool cuda : kOnCuda) {
+    grad_x[cuda].assign(x.size(), T(-7)), grad_weight[cuda].assign(weight.size(), T(-7));
+    const auto call = [&](auto run, auto... place) {
+      check(0 == run(place..., sizeof(T) == 8, grad.data(), arg.data(), splits.data(), size, channels, x.data(), rows, width, weight.data(),
+                     grad_x[cuda].data(), grad_weight[cuda].data()),
+            what);
+    };
+    if (cuda) call(geossl_linear_max_backward_cuda, 0, static_cast<void*>(nullptr));
+    else call(geossl_linear_max_backward_cpu, 2);
+  }
+  check(equal(grad_x[0], grad_x[1]) && equal(grad_weight[0], grad_weight[1]), what);
+}
+
 void find(int64_t count, const char* what) {
   std::vector<int64_t> keys(static_cast<size_t>(count)), sorted(keys.size()), order(keys.size());
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<int64_t>(i) * 3 + 5;
@@ -79,6 +111,9 @@ void run() {
   }
   reduce<float>(0, 3, 4, "segments without rows");
   reduce<float>(2000, 40, 7, "segments, two threads");
+  linear_max<float>(30, 9, 17, "gradient of linear and maximum");
+  linear_max<double>(30, 9, 17, "gradient of linear and maximum, double");
+  linear_max<float>(0, 9, 17, "gradient of linear and maximum without rows");
   find(300, "keys");
   find(60000, "keys, two threads");
 }

@@ -24,7 +24,7 @@ from geossl.data import (
     build_loader,
     collate,
 )
-from geossl.data.loader import epoch_order, sample_rng
+from geossl.data.loader import epoch_rng, sample_rng
 from geossl.errors import ConfigError, DataError
 from geossl.geometry import PointBatch
 
@@ -130,7 +130,7 @@ def test_an_epoch_visits_every_row_once(count: int, size: int, seed: int) -> Non
     loader = build_loader(Clouds(count), size, seed=seed, drop_last=False)
     first, second = ([row for _ in range(loader.batches_per_epoch) for row in next(loader).index.tolist()] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(count))
-    assert first == epoch_order(count, seed, 0).tolist()
+    assert first == epoch_rng(seed, 0).permutation(count).tolist()
     assert loader.epoch == 2
 
 

@@ -188,7 +188,7 @@ def damage_version(root: Path) -> str:
 
 def damage_no_index(root: Path) -> str:
     (root / "index.json").unlink()
-    return r"index of a shard set \(made by tools/prepare_data\.py folder\) does not exist"
+    return r"index of a shard set \(made by tools/prepare_data\.py\) does not exist"
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_missing, damage_index, damage_version, damage_no_index])

@@ -22,6 +22,8 @@ def test_only_matrices_the_module_does_not_exclude_are_decayed(standin: ModuleTy
     optimizer = build_optimizer(module, OptimConfig(weight_decay=0.3))
     assert names_of(module, optimizer, weight_decay=0.3) == {"blocks.0.weight", "blocks.1.weight", "head.weight"}
     assert names_of(module, optimizer, weight_decay=0.0) == {"token", "blocks.0.bias", "blocks.1.bias", "head.bias"}
+    everything = build_optimizer(module, OptimConfig(weight_decay=0.3, decay_all=True))
+    assert names_of(module, everything, weight_decay=0.3) == {name for name, _ in module.named_parameters()}
 
 
 def test_frozen_parameters_are_left_out(standin: ModuleType) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from geossl.data import Sample
 from geossl.geometry import PackedPoints, Tokens
 
 
@@ -50,9 +50,9 @@ class Shapes:
     def source(self, row: int) -> str:
         return f"shapes[{row}]"
 
-    def get(self, row: int, rng: np.random.Generator | None) -> SimpleNamespace:
+    def get(self, row: int, rng: np.random.Generator | None) -> Sample:
         self.asked.append(rng)
-        return SimpleNamespace(points=self.points[row], label=int(self.labels[row]), index=row)
+        return Sample(self.points[row], int(self.labels[row]), row)
 
 
 @dataclass(frozen=True)

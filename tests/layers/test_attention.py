@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geossl.layers import Attention, Block, BlockStack, Segments, scaled_dot_product
+from geossl.errors import UnknownNameError
+from geossl.layers import Attention, BatchwideNorm, Block, BlockStack, Segments, scaled_dot_product
+from geossl.layers.attention import packed_attention, padded_attention
 from geossl.layers.sampling import BatchRandom
 
 
@@ -32,6 +34,43 @@ def test_rows_compute_what_all_rows_compute(lengths):
     counts = Segments(tuple(int(part.sum()) for part in keep.split(list(lengths))))
     some = block(x, segments, rows=keep.nonzero()[:, 0], row_segments=counts)
     torch.testing.assert_close(some, block(x, segments)[keep], rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=5))
+def test_padded_and_packed_attention_agree(sizes):
+    """The forms of a GPU and of the CPU, for any numbers of queries and keys, none included: values and gradients."""
+    torch.manual_seed(0)
+    asked, seen = (Segments(tuple(column)) for column in zip(*sizes, strict=True))
+    inputs = [torch.randn(sum(s.lengths), 2, 4, dtype=torch.float64, requires_grad=True) for s in (asked, seen, seen)]
+    outputs = [form(*inputs, asked, seen) for form in (packed_attention, padded_attention)]
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
+    weight = torch.randn_like(outputs[0])
+    grads = [torch.autograd.grad((out * weight).sum() + 0 * sum(x.sum() for x in inputs), inputs) for out in outputs]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_attention_dropout_keeps_the_mean_and_rests_in_evaluation():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 400, 2, 6, 8).unbind(0)
+    exact = scaled_dot_product(q, k, v)
+    dropped = torch.stack([scaled_dot_product(q, k, v, dropout=0.3) for _ in range(40)])
+    assert float((dropped.mean(0) - exact).abs().mean()) < 0.1 * float(exact.abs().mean()) + 0.05
+    assert not torch.equal(dropped[0], dropped[1])
+    layer, x, segments = Attention(8, 2, dropout=0.5), torch.randn(7, 8), Segments((7,))
+    assert torch.equal(layer.eval()(x, segments), layer(x, segments))
+    assert not torch.equal(layer.train()(x, segments), layer(x, segments))
+
+
+def test_weights_are_those_attention_uses():
+    torch.manual_seed(0)
+    layer, segments, x = Attention(8, 2).double(), Segments((3, 5)), torch.randn(8, 8, dtype=torch.float64)
+    value = layer.qkv(x).view(8, 3, 2, 4)[:, 2]
+    for weights, v, out in zip(layer.weights(x, segments), value.split([3, 5]), layer(x, segments).split([3, 5]), strict=True):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+        mixed = (weights.double() @ v.transpose(0, 1)).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(layer.proj(mixed), out, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [7, 40])
@@ -76,3 +115,60 @@ def test_gradient_checkpointing_changes_nothing():
         stack(x, x, segments, random=BatchRandom(2, torch.Generator().manual_seed(1))).sum().backward()
         grads.append(stack.blocks[0].attn.qkv.weight.grad.clone())
     torch.testing.assert_close(*grads)
+
+
+def plain_block(block: Block, x: torch.Tensor, segments: Segments, keep: torch.Tensor) -> torch.Tensor:
+    """A block in which every token's branches are multiplied by ``keep [T, 2]``."""
+    x = x + block.attn(block.norm1(x), segments) * keep[:, :1]
+    return x + block.mlp(block.norm2(x)) * keep[:, 1:]
+
+
+@pytest.mark.parametrize("norm", ["layer", "batchwide"])
+@pytest.mark.parametrize("some", [False, True])
+def test_drop_path_of_tokens_leaves_dropped_rows_out_of_the_work_and_nothing_else(norm, some):
+    torch.manual_seed(0)
+    stack = BlockStack(8, 3, 2, drop_path=0.6, drop_path_per="token", norm=norm, qkv_bias=True).double().train()
+    segments = Segments((6, 9, 1))
+    x, position = torch.randn(2, 16, 8, dtype=torch.float64).unbind(0)
+    rows = torch.tensor([1, 4, 7, 8, 15]) if some else None
+    row_segments = Segments((2, 2, 1)) if some else None
+
+    def random() -> BatchRandom:
+        return BatchRandom(3, torch.Generator().manual_seed(5))
+
+    out = stack(x, position, segments, random=random(), rows=rows, row_segments=row_segments)
+    noise = random().rows(segments.lengths, 3, 2)
+    expected = x
+    for i, (block, rate) in enumerate(zip(stack.blocks, stack.drop_path_rates, strict=True)):
+        expected = plain_block(block, expected + position, segments, (noise[:, i] >= rate).double() / (1 - rate))
+    torch.testing.assert_close(out, expected if rows is None else expected[rows], rtol=1e-9, atol=1e-11)
+    dropped = (noise < torch.tensor(stack.drop_path_rates)[None, :, None]).double().mean((0, 2))
+    assert dropped[0] == 0
+    assert dropped[2] > 0.3
+
+
+def test_rows_of_samples_do_not_depend_on_the_other_samples():
+    whole = BatchRandom(3, torch.Generator().manual_seed(3)).rows((5, 2, 7), 2)
+    half = BatchRandom(2, torch.Generator().manual_seed(3), slot=torch.tensor([0, 2]), global_size=3).rows((5, 7), 2)
+    assert torch.equal(half, torch.cat([whole[:5], whole[7:]]))
+    assert BatchRandom(0).rows(()).shape == (0,)
+
+
+def test_batchwide_norm_has_one_mean_for_all_rows_and_channels():
+    torch.manual_seed(0)
+    norm, x = BatchwideNorm(6).double(), 3 * torch.randn(11, 6, dtype=torch.float64) + 5
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    expected = norm.weight * (x - x.mean()) / x.std(correction=0) + norm.bias
+    torch.testing.assert_close(norm(x), expected)
+    variance, mean = torch.var_mean(x, correction=0)  # the form for a GPU
+    torch.testing.assert_close(torch.addcmul(norm.bias, (x - mean) * (variance + norm.eps).rsqrt(), norm.weight), expected)
+    assert norm.float()(x.bfloat16()).dtype == torch.float32
+    assert norm(x[:0].float()).shape == (0, 6)
+
+
+def test_unknown_kinds_are_refused_by_name():
+    with pytest.raises(UnknownNameError, match=r"unknown norm 'batch'.*'batchwide'"):
+        Block(8, 2, norm="batch")
+    with pytest.raises(UnknownNameError, match="drop_path_per"):
+        BlockStack(8, 1, 2, drop_path_per="event")

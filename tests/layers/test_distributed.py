@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 
 import geossl
 from geossl.geometry import PackedPoints, PointBatch
-from geossl.layers import BatchNorm
+from geossl.layers import BatchNorm, PackedTokenEmbedding
 from geossl.methods import METHODS
+from geossl.ops import offsets_from_lengths
 
 
 def model_and_clouds():
@@ -33,6 +34,17 @@ def one_step(method, points, norm, rows, slot, weight):
     return loss.detach(), gradients, buffers, out.detach()
 
 
+def embed_groups(part: slice, without: int = 0):
+    """One step of a packed embedding on some of six groups: tokens, gradients, statistics."""
+    torch.manual_seed(1)
+    embed = PackedTokenEmbedding(5, 4, widths=(6, 8, 7), slots=4, empty_slots=True, slot_embedding=True).double().train()
+    groups = torch.randn(13, 4, dtype=torch.float64).split([4, 1, 2, 3, 1, 2])[part]
+    keep = torch.tensor([i for i in range(1, len(groups)) if i != without])
+    tokens = embed(torch.cat(groups), offsets_from_lengths(torch.tensor([len(group) for group in groups])), keep)
+    tokens.square().sum().backward()
+    return tokens.detach(), [p.grad for p in embed.parameters()], [b.double() for b in embed.buffers()]
+
+
 def run_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -40,6 +52,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     slot, weight = torch.arange(rank, 4, 2), torch.arange(60.0, dtype=torch.float64).view(10, 6)
     part = slice(0, 3) if rank == 0 else slice(3, 10)  # uneven halves for the plain batch norm
     torch.save(one_step(method, points[slot], norm, rows[part], slot, weight[part]), f"{folder}/{rank}.pt")
+    torch.save(embed_groups(slice(0, 4) if rank == 0 else slice(4, 6)), f"{folder}/embed{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -62,5 +75,15 @@ def test_two_processes_equal_one(tmp_path):
         # The method's loss is a mean over the batch, so data-parallel training averages; the batch norm's here is a sum.
         torch.testing.assert_close(total / 2 if i < methods else total, expected, **exact)
     for part in parts:
+        for mine, expected in zip(part[2], buffers, strict=True):
+            torch.testing.assert_close(mine, expected, **exact)
+
+    # Groups 0 and 4, the first of each process, are not kept.
+    embeds = [torch.load(tmp_path / f"embed{rank}.pt", weights_only=True) for rank in range(2)]
+    tokens, gradients, buffers = embed_groups(slice(0, 6), without=4)
+    torch.testing.assert_close(torch.cat([part[0] for part in embeds]), tokens, **exact)
+    for i, expected in enumerate(gradients):
+        torch.testing.assert_close(embeds[0][1][i] + embeds[1][1][i], expected, **exact)
+    for part in embeds:
         for mine, expected in zip(part[2], buffers, strict=True):
             torch.testing.assert_close(mine, expected, **exact)

@@ -39,3 +39,11 @@ def test_a_block_is_the_nearest_centres_of_one_of_them():
         hidden = block_mask(centers, Segments((40,)), 0.4, draws(1, seed)).nonzero()[:, 0].tolist()
         nearest = torch.cdist(centers, centers).argsort(1)[:, : int(0.4 * 40)]
         assert any(set(hidden) == set(row.tolist()) for row in nearest)
+
+
+def test_a_ragged_mask_does_not_depend_on_the_other_samples():
+    whole = random_mask(Segments((5, 40, 1, 12)), 0.6, BatchRandom(4, torch.Generator().manual_seed(1)), ragged=True)
+    random = BatchRandom(2, torch.Generator().manual_seed(1), slot=torch.tensor([0, 3]), global_size=4)
+    half = random_mask(Segments((5, 12)), 0.6, random, ragged=True)
+    assert [int(part.sum()) for part in whole.split([5, 40, 1, 12])] == [3, 24, 0, 7]
+    assert torch.equal(half, torch.cat([whole[:5], whole[46:]]))

@@ -55,7 +55,7 @@ def test_values_gradients_and_statistics_equal_the_definition(groups, size, colu
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     whole = both_forms(9, 4, 3, [0, 3, 8], seed=1)
-    monkeypatch.setattr("geossl.layers.fast_token_embedding.COLUMNS_PER_CHUNK", 8)
+    monkeypatch.setattr("geossl.layers.fast_token_embedding.ROWS_PER_CHUNK", 8)
     parts = both_forms(9, 4, 3, [0, 3, 8], seed=1)
     torch.testing.assert_close(parts[4], whole[4], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts[0].conv2.weight.grad, whole[0].conv2.weight.grad, rtol=1e-10, atol=1e-12)

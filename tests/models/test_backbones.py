@@ -17,23 +17,29 @@ from geossl.tasks import TASKS
 SMALL = {"dim": 24, "depth": 3, "heads": 2, "groups": 6, "group_size": 4}
 
 
-@pytest.fixture
-def points() -> torch.Tensor:
-    return torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
+VOLUME = {"dim": 24, "depth": 3, "heads": 2, "radius": 0.6, "slots": 8, "center": 0.0, "scale": 0.3}
 
 
 @pytest.fixture(params=geossl.list_backbones("point_*"))
 def backbone(request):
     torch.manual_seed(0)
-    return geossl.create_backbone(request.param, **SMALL)
+    return geossl.create_backbone(request.param, **(VOLUME if "volume" in request.param else SMALL))
+
+
+@pytest.fixture
+def points(request) -> torch.Tensor:
+    columns = request.getfixturevalue("backbone").in_channels if "backbone" in request.fixturenames else 3
+    return torch.randn(2, 50, columns, generator=torch.Generator().manual_seed(0))
 
 
 def test_features_have_the_promised_shape_and_gradients_reach_every_parameter(backbone, points):
     tokens = backbone.train()(points)
     assert isinstance(tokens, Tokens)
-    assert tokens.feats.shape == (12, backbone.num_features)
-    assert tokens.centers.shape == (12, 3)
-    assert tokens.offsets.tolist() == [0, 6, 12]
+    count = int(tokens.offsets[-1])
+    assert tokens.feats.shape == (count, backbone.num_features)
+    assert tokens.centers.shape == (count, 3)
+    if "volume" not in backbone.config.name:  # there, events take as many tokens as they need
+        assert tokens.offsets.tolist() == [0, 6, 12]
     (tokens.feats * torch.randn_like(tokens.feats)).sum().backward()
     assert all(p.grad is not None for p in backbone.parameters())
 
@@ -58,7 +64,8 @@ def test_intermediates_agree_with_the_forward_pass_and_feature_info(backbone, po
 
 def test_packed_equals_padded_bit_for_bit(backbone, points):
     backbone.eval()
-    packed = PackedPoints(points.flatten(0, 1), torch.tensor([0, 50, 100]))
+    rows = points.flatten(0, 1)
+    packed = PackedPoints(rows[:, :3].contiguous(), torch.tensor([0, 50, 100]), rows[:, 3:] if rows.shape[1] > 3 else None)
     assert torch.equal(backbone(packed).feats, backbone(points).feats)
 
 
@@ -71,10 +78,19 @@ def test_saving_and_loading_gives_the_same_features(backbone, points, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("wrap", [lambda b: b, METHODS.config("point_mae").build, replace(TASKS.config("classification"), classes=3).build])
-def test_every_parameter_belongs_to_exactly_one_layer_group(wrap):
+@pytest.mark.parametrize(
+    ("name", "options", "wrap"),
+    [
+        ("point_vit_tiny", SMALL, lambda backbone: backbone),
+        ("point_vit_tiny", SMALL, METHODS.config("point_mae").build),
+        ("point_vit_tiny", SMALL, replace(TASKS.config("classification"), classes=3).build),
+        ("point_vit_volume_tiny", VOLUME | {"final_norm": True}, lambda backbone: backbone),
+        ("point_vit_volume_tiny", VOLUME, METHODS.config("polar_mae").build),
+    ],
+)
+def test_every_parameter_belongs_to_exactly_one_layer_group(name, options, wrap):
     """Also with more than ten blocks, where one number is the beginning of another."""
-    module = wrap(geossl.create_backbone("point_vit_tiny", **SMALL | {"depth": 12, "heads": 6}))
+    module = wrap(geossl.create_backbone(name, **options | {"depth": 12, "heads": 6}))
     prefixes = [prefix for group in module.layer_groups() for prefix in group]
     for name, _ in module.named_parameters():
         assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
@@ -82,7 +98,7 @@ def test_every_parameter_belongs_to_exactly_one_layer_group(wrap):
 
 def test_points_that_are_not_finite_are_left_out(backbone, points):
     backbone.eval()
-    spoiled = torch.cat([points, points.new_full((2, 3, 3), torch.nan)], dim=1)
+    spoiled = torch.cat([points, points.new_full((2, 3, points.shape[2]), torch.nan)], dim=1)
     assert torch.equal(backbone(spoiled).feats, backbone(points).feats)
 
 

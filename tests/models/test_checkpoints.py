@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -93,3 +95,80 @@ def published_names(method) -> dict[str, torch.Tensor]:
             value = value[..., None]
         state[new + name.removeprefix(old)] = value.view(1, 1, -1) if name == "mask_token" else value
     return state
+
+
+# Lightning files --------------------------------------------------------------------------------------------------------------------------
+
+
+class Foreign:
+    """Stands for the classes that hyper-parameters hold: called, built, filled and nested."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __reduce__(self):
+        return Foreign, (self.value,), {"state": self}, iter([1, 2]), iter([("a", 1)])
+
+
+def lightning_file(path, state, **more) -> None:
+    torch.save(
+        {"state_dict": state, "hyper_parameters": {"model": Foreign({1, 2}), "options": [Foreign(None)], **more}, "global_step": 3}, path
+    )
+
+
+def test_objects_of_a_lightning_file_are_passed_over(tmp_path):
+    state = {
+        "a": torch.randn(3, 2),
+        "half": torch.ones(2).half(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "view": torch.eye(4)[1:, ::2],
+    }
+    lightning_file(tmp_path / "l.ckpt", state)
+    read = read_reference_state(tmp_path / "l.ckpt", skip_objects=True)
+    assert set(read) == set(state)
+    assert all(torch.equal(read[key], value.float()) for key, value in state.items())
+    with pytest.raises(CheckpointError, match="holds Python objects beyond tensors"):
+        read_reference_state(tmp_path / "l.ckpt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_lightning_file_runs_nothing(tmp_path, legacy):
+    lightning_file(tmp_path / "bad.ckpt", {"a": torch.ones(1)}, bomb=Bomb(tmp_path / "ran"))
+    if legacy:
+        content = {"state_dict": {"a": torch.ones(1)}, "bomb": Bomb(tmp_path / "ran")}
+        torch.save(content, tmp_path / "bad.ckpt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_reference_state(tmp_path / "bad.ckpt", skip_objects=True)["a"], torch.ones(1))
+    assert not (tmp_path / "ran").exists()
+
+
+# Pickles by hand: each would call something, or change something of this process, if it were read as usual.
+HOSTILE = {
+    "call": b"cos\nmkdir\n(V{path}\ntR.",
+    "call as a new object": b"\x80\x02cos\nmkdir\n(V{path}\nt\x81.",
+    "call what was built by a call": b"cbuiltins\ngetattr\n(cos\nsystem\nVmkdir {path}\ntR(VtR.",
+    "change a function": b"ctorch._utils\n_rebuild_tensor_v2\n(N}}V__defaults__\nI1\nstb.",
+    "change a class": b"ccollections\nOrderedDict\n}}Vmove_to_end\nI1\nsb.",
+    "extension registry": b"\x80\x02\x82\x01.",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_pickles_are_refused_or_read_as_nothing(tmp_path, kind):
+    text = HOSTILE[kind].decode("latin-1").replace("{path}", str(tmp_path / "ran")).replace("}}", "}")
+    defaults, method = torch._utils._rebuild_tensor_v2.__defaults__, OrderedDict.move_to_end
+    (tmp_path / "bad.ckpt").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"bad\.ckpt"):
+        read_reference_state(tmp_path / "bad.ckpt", skip_objects=True)
+    with zipfile.ZipFile(tmp_path / "bad.ckpt", "w") as archive:  # the same where torch keeps its pickle today
+        archive.writestr("archive/data.pkl", text.encode("latin-1"))
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(CheckpointError, match=r"bad\.ckpt"):
+        read_reference_state(tmp_path / "bad.ckpt", skip_objects=True)
+    assert not (tmp_path / "ran").exists()
+    assert (torch._utils._rebuild_tensor_v2.__defaults__, OrderedDict.move_to_end) == (defaults, method)
+
+
+def test_a_torchscript_program_is_not_run(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.ckpt")
+    with pytest.raises(CheckpointError, match="is a TorchScript program"):
+        read_reference_state(tmp_path / "program.ckpt", skip_objects=True)

@@ -166,6 +166,10 @@ def segments_samples() -> dict[str, list[tuple]]:
         "segment_extreme": [(*form, True, 2.0, True) for form in forms] + [(x, index, None, None, 4, False, 0.0, False)],
         "segment_softmax": forms,
         "segment_logsumexp": forms,
+        "linear_max_backward": [
+            (torch.rand(3, 2), torch.tensor([[0, 3], [-1, -1], [8, 4]]), splits, x, torch.rand(2, 3)),
+            (torch.rand(0, 2), torch.zeros(0, 2).long(), torch.zeros(1).long(), none, torch.rand(2, 3)),
+        ],
     }
 
 

@@ -140,3 +140,44 @@ def test_report_in_a_browser(browser, run):
     assert shown() != before
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def test_events_in_a_browser(browser, events_run):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    browser.get(f"file://{write_report(events_run)}")
+    find = lambda css: browser.find_element(By.CSS_SELECTOR, css)  # noqa: E731
+    wait(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes")
+    for name in ("curves", "events", "segmentation", "probes", "setup"):
+        assert find(f"#{name} h2").text
+    assert not browser.find_elements(By.CSS_SELECTOR, "#reconstructions *, #map *")
+
+    # Every view is drawn: energy, tokens, reconstruction, true and predicted class, embeddings twice, attention.
+    titles = [p.text for p in browser.find_elements(By.CSS_SELECTOR, "#events article:first-child .views p")]
+    assert len(titles) == 8
+    assert {"energy", "tokens: visible, hidden", "true class", "predicted class"} <= set(titles)
+    for canvas in browser.find_elements(By.CSS_SELECTOR, "#events article:first-child canvas"):
+        point_at(browser, canvas, 0.5, 0.5)
+        wait(lambda canvas=canvas: browser.execute_script(COLOURS, canvas)[1] > 20)
+
+    # Clicking a point asks for the attention of its token.
+    attention = find("#events article:first-child canvas.pick")
+    text = attention.find_element(By.XPATH, "../following-sibling::p")
+    before = text.text
+    assert before.startswith("attention of token ")
+    place = browser.execute_script(
+        "const c = arguments[0]; c.view.state.held = true; c.view.draw();"
+        "for (let k = 0; k < c.width * c.height; k += 7) if (scratch.id[k] >= 0)"
+        " return [(k % c.width) / c.width, Math.floor(k / c.width) / c.height];",
+        attention,
+    )
+    point_at(browser, attention, *place)
+    ActionChains(browser, duration=20).click().perform()
+    wait(lambda: text.text != before)
+
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#segmentation .scores tbody tr")) == 5
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#segmentation .confusion .cell")) == 16
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#probes .own")) == 1
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 
@@ -133,3 +134,52 @@ def test_bad_folders_teach(run, tmp_path):
     with pytest.raises(DataError, match=r"embedding\.npz: cannot be read"):
         write_report(run)
     assert not (run / "report.html").exists()
+
+
+def test_events_are_packed_for_the_page(events_run):
+    path = write_report(events_run)
+    data = payload(path.read_text())
+    assert path.stat().st_size < 600_000
+    assert data["events"]["classes"] == ["shower", "track", "michel", "delta"]
+    arrays = np.load(events_run / "report" / "events.npz")
+    item = data["events"]["items"][0]
+    assert item["name"] == "event </script> 0"
+    assert (item["points"], item["tokens"]) == (500, 30)
+    coord = np.frombuffer(base64.b64decode(item["coord"]), "<i2").reshape(-1, 3) / 16384
+    assert np.linalg.norm(coord, axis=1).max() == pytest.approx(1, abs=1e-3)
+    spread = np.ptp(arrays["coord_0"], axis=0)
+    np.testing.assert_allclose(np.ptp(coord, axis=0) / np.ptp(coord[:, 0]), spread / spread[0], atol=1e-3)
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(item["token"]), "<u2"), arrays["token_0"])
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(item["label"]), np.int8), arrays["label_0"])
+    assert len(base64.b64decode(item["attention"])) == 900
+    assert np.frombuffer(base64.b64decode(item["hidden"]), np.uint8).sum() == 20
+
+
+def test_scores_of_events(events_run):
+    data = payload(write_report(events_run).read_text())
+    assert data["header"]["title"] == "PoLAr-MAE on lartpc"
+    assert "reach a macro F1 of" in data["header"]["verdict"][0]["text"]
+    assert data["header"]["verdict"][3]["style"] == "up"
+    assert data["curve"]["mean"] == [0.25, 0.5]
+    assert list(data["curve"]["classes"]) == ["delta", "michel", "shower", "track"]
+    assert {line["name"] for line in data["curve"]["baselines"]} == {"random", "hand-made"}
+    assert [row["name"] for row in data["token_probe"]["rows"]][-1] == "This encoder"
+    assert len(data["token_probe"]["rows"]) == 5
+    assert all(len(row["cells"]) == 5 for row in data["token_probe"]["rows"])
+    assert data["segmentation"]["points"] == 1000
+
+
+def test_many_points_are_thinned_and_an_event_may_have_little_to_show(events_run):
+    path = events_run / "report" / "events.npz"
+    arrays = dict(np.load(path))
+    rows = np.random.default_rng(0).integers(0, 500, 9000)
+    for key in ("coord", "energy", "token", "label", "predicted"):
+        arrays[f"{key}_0"] = arrays[f"{key}_0"][rows]
+        if key in ("label", "predicted"):
+            del arrays[f"{key}_1"]
+    del arrays["attention_1"], arrays["reconstruction_1"]
+    np.savez(path, **arrays)
+    first, second = payload(write_report(events_run).read_text())["events"]["items"]
+    assert first["points"] == 9000
+    assert len(base64.b64decode(first["token"])) == 2 * 3000
+    assert {"label", "predicted", "attention", "reconstruction", "hidden"}.isdisjoint(second)

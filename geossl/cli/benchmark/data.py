@@ -1,8 +1,12 @@
-"""What a batch costs, as a share of the training step it feeds: made in the training process, without workers to hide the cost."""
+"""What a batch costs, as a share of the training step it feeds: made in the training process, without workers to hide the cost.
+
+Batches of particle events have a rate to reach instead, 2,000 events a second, and are compared with reading them from the HDF5 file.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,26 @@ from geossl.cli.benchmark.clouds import surfaces
 from geossl.cli.benchmark.measure import Case, clock
 from geossl.cli.benchmark.steps import DTYPES, build_step, points_bytes, step_run
 from geossl.cli.pretrain import PretrainConfig
-from geossl.data import DATASETS, FileOptions, ShardOptions, build_loader, write_shards
+from geossl.data import (
+    DATASETS,
+    EventShardOptions,
+    FileOptions,
+    LArTPCFileOptions,
+    ShardOptions,
+    build_loader,
+    simulate_event,
+    write_event_shards,
+    write_lartpc,
+    write_shards,
+)
+from geossl.geometry import PointBatch
 
 SHARE = 0.05
 """Largest share of a training step that loading its batch may cost."""
+EVENTS_PER_SECOND = 2000
+"""Events a core should read in a second."""
+EVENT_TARGET = 0.03
+"""CPU seconds a simulated event may cost."""
 
 
 def cases(method: str, quick: bool, folder: Path) -> dict[str, Callable[[], Case]]:
@@ -31,6 +51,8 @@ def cases(method: str, quick: bool, folder: Path) -> dict[str, Callable[[], Case
         f"objects/{quickstart[0]}x{quickstart[1]}": functools.partial(make, objects, quickstart, "quickstart"),
         f"shards/{released[0]}x{released[1]}": functools.partial(make, shards, released, "released"),
         f"shards/{quickstart[0]}x{quickstart[1]}": functools.partial(make, shards, quickstart, "quickstart"),
+        "events/shards": functools.partial(_event_batches, folder, quick),
+        "events/simulated": functools.partial(_simulated_events, quick),
     }
 
 
@@ -69,6 +91,51 @@ def _shards(folder: Path, clouds: int, stored: int, points: int) -> tuple[Any, s
     config = DATASETS.config("shards")
     config.root, config.points = root, points
     return config.build("train"), f"shards of {stored:,} points per cloud (mapped)"
+
+
+def _event_batches(folder: Path, quick: bool) -> Case:
+    events, size = (8, 4) if quick else (512, 32)
+    file, root = folder / "events.h5", folder / "event_shards"
+    write_lartpc(file, LArTPCFileOptions(events=events))
+    write_event_shards(file, root, EventShardOptions(events_per_shard=max(4, events // 8)))
+    loaders = []
+    for name, place in (("event_shards", root), ("pilarnet", file)):
+        config = DATASETS.config(name)
+        config.root = place
+        loaders.append(build_loader(config.build("train"), size, seed=0))
+    shards, hdf5 = loaders
+    mean = sum(points_bytes(batch.points) for batch in shards.one_pass()) // (events // size)
+    return Case(
+        inputs=f"{size} events of {mean // 16 // size:,} voxels on average, from event shards (mapped), shuffled",
+        run=lambda: next(shards),
+        moved=2 * mean,
+        moved_is="columns of the batch read and written once",
+        flop=0,
+        flop_is="none",
+        peers={"PILArNet-M HDF5": lambda: next(hdf5)},
+        differs=_other_events,
+        target=None if quick else size / EVENTS_PER_SECOND,
+    )
+
+
+def _other_events(ours: PointBatch, theirs: PointBatch) -> str:
+    a, b = ours.points, theirs.points
+    same = torch.equal(a.coord, b.coord) and a.feats is not None and b.feats is not None and torch.equal(a.feats, b.feats)
+    return "" if same else "other events"
+
+
+def _simulated_events(quick: bool) -> Case:
+    numbers = itertools.count()
+    event = simulate_event(0, 0)
+    return Case(
+        inputs="one simulated event with at least 1,024 voxels",
+        run=lambda: simulate_event(0, next(numbers)),
+        moved=sum(array.nbytes for array in (event.voxel, event.energy, event.clusters)),
+        moved_is="columns of one event written once",
+        flop=0,
+        flop_is="none",
+        target=None if quick else EVENT_TARGET,
+    )
 
 
 @functools.cache

@@ -98,6 +98,10 @@ def step_run(step: Step, dtype: torch.dtype, loss: Loss | None = None) -> Callab
 
 def cases(method: str, quick: bool) -> dict[str, Callable[[], Case]]:
     """Return the cases of this suite by name; each is built when it is called."""
+    if method == "polar_mae":
+        from geossl.cli.benchmark import event_steps
+
+        return event_steps.cases(quick)
     published = _published(method)
     found: dict[str, Callable[[], Case]] = {}
     sizes = ("released", "quickstart") if PretrainConfig().method.name == method else ("released",)
@@ -115,14 +119,26 @@ def cases(method: str, quick: bool) -> dict[str, Callable[[], Case]]:
 
 def _step_case(method: str, size: str, quick: bool, dtype: torch.dtype, target: float | None) -> Case:
     step = build_step(method, size, quick)
+    return step_case(step, dtype, target, {"plain torch": step_run(step, dtype, _published(method).plain)}, step_run(step, dtype))
+
+
+def step_case(
+    step: Step,
+    dtype: torch.dtype,
+    target: float | None,
+    peers: dict[str, Callable[[], dict[str, Tensor]]],
+    run: Callable[[], dict[str, Tensor]],
+    parts: str = "forward + backward, grouping included",
+) -> Case:
+    """Return the case of a training step; runs return loss and gradients, as :func:`step_run` makes them."""
     weights = sum(p.numel() for p in step.module.parameters())
     return Case(
-        inputs=f"{step.inputs}; forward + backward, grouping included",
-        run=step_run(step, dtype),
+        inputs=f"{step.inputs}; {parts}",
+        run=run,
         moved=points_bytes(step.batch.points) + weights * (4 + dtype.itemsize + 4),
         moved_is="points read, weights read once forward (float32) and once backward, gradients written",
         dtype=dtype,
-        peers={"plain torch": step_run(step, dtype, _published(method).plain)},
+        peers=peers,
         differs=functools.partial(_gradients_differ, dtype=dtype),
         target=target,
     )
@@ -144,9 +160,13 @@ def _grouping_case(method: str, quick: bool) -> Case:
 
 
 def _optimizer_case(method: str, quick: bool) -> Case:
+    return optimizer_case(build_step(method, "released", quick))
+
+
+def optimizer_case(step: Step) -> Case:
+    """Return the case of an optimiser step over the weights of ``step``."""
     from geossl.engine.optim import OptimConfig, build_optimizer
 
-    step = build_step(method, "released", quick)
     step_run(step, torch.float32)()
     twin = copy.deepcopy(step.module)
     for ours, theirs in zip(step.module.parameters(), twin.parameters(), strict=True):
@@ -174,9 +194,12 @@ def _optimizer_case(method: str, quick: bool) -> Case:
 
 
 def _features_case(method: str, quick: bool, dtype: torch.dtype) -> Case:
-    step = build_step(method, "released", quick)
+    return features_case(build_step(method, "released", quick), dtype, {"plain torch": _published(method).plain_features})
+
+
+def features_case(step: Step, dtype: torch.dtype, peers: dict[str, Callable[[Any, PackedPoints], Tensor]]) -> Case:
+    """Return the case of extracting all tokens of the batch of ``step``, compared with other forms of the backbone's forward pass."""
     backbone = step.module.backbone.eval()
-    plain = _published(method).plain_features
 
     def run(features: Callable[[], Tensor]) -> Tensor:
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -190,7 +213,7 @@ def _features_case(method: str, quick: bool, dtype: torch.dtype) -> Case:
         moved=points_bytes(step.batch.points) + 4 * ours().numel() + 4 * weights,
         moved_is="points and weights read, tokens written",
         dtype=dtype,
-        peers={"plain torch": functools.partial(run, lambda: plain(backbone, step.batch.points))},
+        peers={title: functools.partial(run, functools.partial(plain, backbone, step.batch.points)) for title, plain in peers.items()},
         differs=lambda a, b: _relative(a, b, 1e-4 if dtype == torch.float32 else 0.05, "tokens"),
     )
 
@@ -226,7 +249,7 @@ def _relative(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> str:
 def _published(method: str) -> Published:
     METHODS.config(method)  # an unknown name ends here, with the known ones
     if method not in STEPS:
-        raise ConfigError(f"method {method} has no step benchmark yet; there is one for {', '.join(STEPS)}")
+        raise ConfigError(f"method {method} has no step benchmark yet; there is one for {', '.join([*STEPS, 'polar_mae'])}")
     return STEPS[method]
 
 

@@ -6,19 +6,17 @@ import functools
 import hashlib
 import inspect
 import logging
-import os
 import re
 import shutil
 import sys
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from geossl import ops
-from geossl.data.files import atomic_write, read_npz
+from geossl.data.files import atomic_write, cache_folder, read_npz
 from geossl.data.objects import load_objects
 from geossl.errors import DataError
 
@@ -359,12 +357,6 @@ def prepare_object(row: int) -> Surfels:
         placed, normal.astype(np.float32), tangent, widths, color.astype(np.float32), (back < _CLOSED) & (not leaves),
         np.zeros(len(center), dtype=bool), front.astype(np.float32),
     )  # fmt: skip
-
-
-def cache_folder() -> Path:
-    """Folder of prepared objects: ``$GEOSSL_CACHE``, or ``geossl`` in the user's cache folder."""
-    given = os.environ.get("GEOSSL_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "geossl"
 
 
 @functools.cache

@@ -35,6 +35,7 @@ function headerPanel() {
   for (const part of head.verdict) $("verdict").append(part.style ? el(part.style === "b" ? "b" : "span", { class: part.style }, part.text) : part.text);
   for (const tile of head.tiles) $("tiles").append(el("div", {}, el("dt", {}, tile.label), el("dd", {}, tile.value, tile.note ? el("small", {}, tile.note) : null)));
   $("footer").textContent = head.footer;
+  if (DATA.events.items.length) { heroEvents(); return; }
   if (!DATA.pictures.length) { $("hero").remove(); document.querySelector(".hero").style.gridTemplateColumns = "1fr"; return; }
   // The visible part stands still, the predicted points swell out of it; then the next object.
   const state = { spin: 0.35, grow: 0, yaw: -0.7 }, canvas = el("canvas"), caption = el("span"), phase = el("span");
@@ -68,7 +69,8 @@ function curvesPanel() {
   if (DATA.curve) {
     const c = DATA.curve;
     lineChart(card("wide"), { title: c.title, height: 260, format: percent, baselines: c.baselines, series: [
-      { name: c.std ? "resplits" : "test", color: "var(--accent-2)", x: c.step, y: c.mean, band: c.std, width: 2.4, dots: true },
+      { name: c.name, color: "var(--accent-2)", x: c.step, y: c.mean, band: c.std, width: 2.4, dots: true },
+      ...Object.entries(c.classes).map(([name, y]) => ({ name, color: DATA.palette[Math.max(DATA.events.classes.indexOf(name), 0)], x: c.step, y, width: 1.3 })),
       ...(c.official ? [{ name: "official", color: "var(--faint)", x: c.step, y: c.official, width: 1.4, dashed: true }] : []),
     ] });
   }
@@ -89,6 +91,7 @@ function reconstructionCloud(index, byError = false, plain = true) {
 }
 function reconstructionsPanel() {
   const section = $("reconstructions");
+  if (DATA.events.items.length) return;
   if (!DATA.pictures.length) { missing(section, "Reconstructions", "This run saved no pictures (run/report/pictures.npz)."); return; }
   let byError = false;
   const legend = el("span", { class: "ramp" }), views = [];
@@ -134,6 +137,7 @@ const colorOf = (label) => (label < 0 ? "#8a8f96" : DATA.palette[label % DATA.pa
 /* ---- embedding map ------------------------------------------------------------------------------------------------------ */
 function mapPanel() {
   const section = $("map"), m = DATA.map;
+  if (DATA.events.items.length) return;
   if (!m) { missing(section, "Embedding map", "This run saved no embeddings (run/report/embedding.npz)."); return; }
   const n = m.labels.length, shown = new Set(DATA.classes.map((_, k) => k));
   let projection = "tsne", style = "dots", at = m.tsne.map((p) => [...p]), hovered = -1, glide = null;
@@ -240,9 +244,30 @@ function neighborsPanel() {
   }
 }
 
+/* ---- shared by probes and segmentation ----------------------------------------------------------------------------------- */
+function confusionGrid(counts, names) {
+  const k = counts.length, grid = el("div", { class: "confusion", style: `grid-template-columns: 112px repeat(${k}, minmax(0, 1fr)); max-width: ${112 + 76 * k}px` });
+  const title = (i) => names[i].replaceAll("_", " ");
+  counts.forEach((row, i) => {
+    const total = row.reduce((a, b) => a + b, 0);
+    grid.append(el("span", { class: "name" }, title(i)));
+    row.forEach((count, j) => {
+      const share = total ? count / total : 0, cell = el("span", { class: "cell", style: `background: color-mix(in srgb, var(${i === j ? "--accent" : "--accent-2"}) ${Math.round(100 * Math.sqrt(share))}%, var(--grid))` });
+      if (k <= 8) cell.textContent = percent(share);
+      cell.addEventListener("pointermove", (e) => showTip(e, el("div", {}, `${count} of ${total} `, el("b", {}, title(i)), i === j ? " recognised" : " taken for ", i === j ? "" : el("b", {}, title(j)))));
+      cell.addEventListener("pointerleave", hideTip);
+      grid.append(cell);
+    });
+  });
+  grid.append(el("span"));
+  for (let j = 0; j < k; j++) grid.append(el("span", { class: "below" }, title(j)));
+  return grid;
+}
+
 /* ---- probes ------------------------------------------------------------------------------------------------------------- */
 function probesPanel() {
   const section = $("probes"), p = DATA.probes;
+  if (DATA.token_probe) return;
   if (!p) { missing(section, "Probes", "This run was not probed (run/report/probes.json). tools/evaluate.py probes it any time."); return; }
   heading(section, "Probes of frozen features", `${p.protocol} Large: mean over ${p.resplits} group-aware resplits, with standard deviation (bar: whisker); small: the official split.`);
   const header = el("tr", {}, el("th", {}, "Features"), ...p.columns.map((c) => el("th", {}, c.name, el("small", {}, c.about))));
@@ -254,20 +279,7 @@ function probesPanel() {
   }
   table.append(body);
   section.append(el("div", { class: "card scroll" }, table));
-  const own = p.confusion, k = own.counts.length, grid = el("div", { class: "confusion", style: `grid-template-columns: 112px repeat(${k}, minmax(0, 1fr))` });
-  const title = (i) => DATA.classes[i].replaceAll("_", " ");
-  own.counts.forEach((row, i) => {
-    const total = row.reduce((a, b) => a + b, 0);
-    grid.append(el("span", { class: "name" }, title(i)));
-    row.forEach((count, j) => {
-      const share = total ? count / total : 0, cell = el("span", { class: "cell", style: `background: color-mix(in srgb, var(${i === j ? "--accent" : "--accent-2"}) ${Math.round(100 * Math.sqrt(share))}%, var(--grid))` });
-      cell.addEventListener("pointermove", (e) => showTip(e, el("div", {}, `${count} of ${total} `, el("b", {}, title(i)), i === j ? " recognised" : " taken for ", i === j ? "" : el("b", {}, title(j)))));
-      cell.addEventListener("pointerleave", hideTip);
-      grid.append(cell);
-    });
-  });
-  grid.append(el("span"));
-  for (let j = 0; j < k; j++) grid.append(el("span", { class: "below" }, title(j)));
+  const own = p.confusion, grid = confusionGrid(own.counts, DATA.classes), title = (i) => DATA.classes[i].replaceAll("_", " ");
   const recall = el("div", { class: "recall" });
   own.recall.map((value, i) => [value, i]).sort((a, b) => (b[0] ?? -1) - (a[0] ?? -1)).forEach(([value, i]) => recall.append(el("span", {}, title(i)), el("div", { class: "meter" }, el("i", { style: `width:${100 * (value ?? 0)}%; background:${colorOf(i)}` })), el("span", { class: "num" }, percent(value))));
   section.append(el("div", { class: "pair" }, el("div", { class: "card" }, el("h3", {}, `Confusion, ${own.title}: rows are true, columns predicted`), grid), el("div", { class: "card" }, el("h3", {}, "Recall of each class"), recall)));
@@ -287,17 +299,3 @@ function setupPanel() {
   for (const [key, value] of DATA.environment) facts.append(el("tr", {}, el("td", {}, key), el("td", {}, value)));
   section.append(el("div", { class: "setup" }, el("div", { class: "card" }, el("h3", {}, "config.yaml"), pre), el("div", { class: "card" }, el("h3", {}, "Environment"), facts)));
 }
-
-/* ---- start -------------------------------------------------------------------------------------------------------------- */
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  redrawAll(); charts.forEach((chart) => chart.draw()); dispatchEvent(new Event("themechange"));
-}
-$("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-document.documentElement.dataset.theme = new URLSearchParams(location.search).get("theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-for (const panel of [headerPanel, curvesPanel, reconstructionsPanel, mapPanel, neighborsPanel, probesPanel, setupPanel]) panel();
-for (const section of document.querySelectorAll("section")) if (section.childElementCount) $("links").append(el("a", { href: "#" + section.id }, section.dataset.title));
-const reading = new IntersectionObserver((entries) => entries.forEach((e) => document.querySelector(`.links a[href="#${e.target.id}"]`)?.classList.toggle("here", e.isIntersecting)), { rootMargin: "-45% 0px -50% 0px" });
-for (const section of document.querySelectorAll("section")) reading.observe(section);
-requestAnimationFrame(frame);
-document.documentElement.dataset.ready = "yes";

@@ -22,15 +22,24 @@ function decode(base64, Type) {
 }
 
 class Cloud {
-  // xyz: Float32Array [3 n]; color(i, height 0..1) -> [r, g, b]; grows: points from this index on can be shrunk away (0..1)
-  constructor(xyz, color, grows = Infinity) {
+  // xyz: Float32Array [3 n]; color(i, height 0..1) -> [r, g, b]; grows: points from this index on can be shrunk away (0..1);
+  // stands: on a floor, which catches its shadow
+  constructor(xyz, color, grows = Infinity, stands = true) {
     this.xyz = xyz; this.n = xyz.length / 3; this.grows = grows;
     let low = Infinity, high = -Infinity;
     for (let i = 2; i < xyz.length; i += 3) { low = Math.min(low, xyz[i]); high = Math.max(high, xyz[i]); }
     this.low = low; this.high = high;
     this.rgb = new Uint8ClampedArray(3 * this.n);
     for (let i = 0; i < this.n; i++) this.rgb.set(color(i, (xyz[3 * i + 2] - low) / Math.max(high - low, 1e-6)), 3 * i);
-    this.occlusion(); this.shadow();
+    this.occlusion(); this.ground = null;
+    if (stands) this.shadow();
+  }
+  painted(color) {
+    // The same points in other colours, light and shadow shared.
+    const copy = Object.create(this);
+    copy.rgb = new Uint8ClampedArray(3 * this.n);
+    for (let i = 0; i < this.n; i++) copy.rgb.set(color(i), 3 * i);
+    return copy;
   }
   occlusion() {
     // Mean spacing gives the size of the spheres; how much lies above and around a point gives its ambient light.
@@ -116,7 +125,7 @@ function render(canvas, cloud, view) {
   const step = Math.max(1, Math.round(W / 200)), strength = document.documentElement.dataset.theme === "dark" ? 165 : 105;
   for (let Y = 0; Y < H; Y++) {
     // The floor: on one row of pixels the ray length and the depth are constant.
-    const up = -(Y - H / 2) / F, fall = -sp + up * cp, t = fall < -1e-3 ? (cloud.floor - D * sp) / fall : -1;
+    const up = -(Y - H / 2) / F, fall = -sp + up * cp, t = ground && fall < -1e-3 ? (cloud.floor - D * sp) / fall : -1;
     const rowY = -D * cp + t * (cp + up * sp);
     for (let X = 0; X < W; X++) {
       const at = Y * W + X, o = 4 * at, i = id[at];
@@ -143,6 +152,17 @@ function render(canvas, cloud, view) {
     }
   }
   context.putImageData(image, 0, 0);
+}
+
+function pointAt(canvas, x, y) {
+  // The point drawn at a place (shares of the width and height) of the canvas that was rendered last, or near it; -1 for none.
+  const W = canvas.width, H = canvas.height, px = Math.round(x * W), py = Math.round(y * H);
+  let best = -1, gap = 1e9;
+  for (let Y = Math.max(0, py - 8); Y <= Math.min(H - 1, py + 8); Y++) for (let X = Math.max(0, px - 8); X <= Math.min(W - 1, px + 8); X++) {
+    const i = scratch.id[Y * W + X], d = (X - px) ** 2 + (Y - py) ** 2;
+    if (i >= 0 && d < gap) { gap = d; best = i; }
+  }
+  return best;
 }
 
 // Views that share a state turn together. Only what is on screen is drawn.
