@@ -17,7 +17,6 @@ Names: ``hidden`` = relu(BN(conv1)) of every point; ``local`` = conv2 of every p
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import Any, NamedTuple
 
 import torch
@@ -55,30 +54,25 @@ class Chunk(NamedTuple):
 
 
 class Groups:
-    """Rows cut into consecutive groups of at least one row: group g is the rows ``row_splits[g]:row_splits[g + 1]``.
+    """Rows cut into consecutive groups of at least one row: group g is the rows ``row_splits[g]:row_splits[g + 1]`` (``[G + 1]`` int64)."""
 
-    Args:
-        row_splits: ``[G + 1]`` int64.
-        splits: The same as a list, where it is known; otherwise it is read from the device.
-    """
-
-    def __init__(self, row_splits: Tensor, splits: list[int] | None = None) -> None:
-        splits = row_splits.tolist() if splits is None else splits
-        self.row_splits, self.count, self.rows = row_splits, row_splits.diff(), splits[-1]
-        groups = torch.arange(len(splits) - 1, device=row_splits.device)
-        self.member = torch.repeat_interleave(groups, self.count, output_size=self.rows)  # group of each row
+    def __init__(self, row_splits: Tensor) -> None:
+        self.row_splits, self.count = row_splits, row_splits.diff()
+        # Groups whose last rows lie in the same stretch of ROWS_PER_CHUNK rows are a chunk.
+        group_ends = ((row_splits[1:] - 1) // ROWS_PER_CHUNK).unique_consecutive(return_counts=True)[1].cumsum(0)
         self.chunks: list[Chunk] = []
-        begin = 0
-        while begin < len(splits) - 1:
-            end = max(begin + 1, bisect_right(splits, splits[begin] + ROWS_PER_CHUNK) - 1)
-            rows = slice(splits[begin], splits[end])
-            self.chunks.append(Chunk(slice(begin, end), rows, row_splits[begin : end + 1] - rows.start))
-            begin = end
+        group = row = 0
+        for group_end, row_end in torch.stack([group_ends, row_splits[group_ends]], 1).tolist():
+            self.chunks.append(Chunk(slice(group, group_end), slice(row, row_end), row_splits[group : group_end + 1] - row))
+            group, row = group_end, row_end
+        self.rows = row
+        groups = torch.arange(group, device=row_splits.device)
+        self.member = torch.repeat_interleave(groups, self.count, output_size=row)  # group of each row
 
     @classmethod
     def of_size(cls, count: int, size: int, device: torch.device) -> Groups:
         """``count`` groups of ``size`` rows each."""
-        return cls(torch.arange(0, count * size + 1, size, device=device), list(range(0, count * size + 1, size)))
+        return cls(torch.arange(0, count * size + 1, size, device=device))
 
     def select(self, keep: Tensor | None) -> tuple[Groups, Tensor | None]:
         """The groups ``keep`` in that order, packed, and where their rows are among those of all; None stands for all, as they are."""
@@ -130,7 +124,7 @@ def embed_training(
         module: Has the layers conv1, norm1, conv2, conv3, norm2 and conv4.
         points: ``[S, D]``.
         groups: Which rows belong together.
-        keep: Numbers of the groups whose token is wanted, ``[T]`` int64; None means all.
+        keep: Numbers of the groups whose token is wanted, ``[T]`` int64, none twice; None means all.
         dtype: Type of the matrix products; statistics are kept in that of ``points``.
         extras: Additions to the network.
 

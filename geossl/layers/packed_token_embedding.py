@@ -7,7 +7,6 @@ The definition is :meth:`PackedTokenEmbedding.reference`, plain torch; training 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ class PackedTokenEmbedding(nn.Module):
             points: Points of all groups in turn, ``[S, in_channels]``, positions relative to the group's centre, in the order of slots.
                 When several processes train together, each needs points.
             row_splits: Group g is the rows ``row_splits[g]:row_splits[g + 1]``, ``[G + 1]`` int64. At most ``slots`` rows.
-            keep: Numbers of the groups whose token is wanted, ``[T]`` int64; None means all. The others only enter the batch
+            keep: Numbers of the groups whose token is wanted, ``[T]`` int64, none twice; None means all. The others only enter the batch
                 statistics in training, and cost nothing in evaluation.
 
         Returns:
@@ -84,15 +83,15 @@ class PackedTokenEmbedding(nn.Module):
         Raises:
             ValueError: a shape or type is wrong, or a group has more than ``slots`` points.
         """
-        splits = self._check(points, row_splits)
+        smallest = self._check(points, row_splits, keep)
         count = row_splits.diff()
         kept = count if keep is None else count[keep]
         if points.shape[0] == 0:
             return points.new_zeros(kept.shape[0], self.conv4.out_features)
-        if any(begin == end for begin, end in pairwise(splits)):
+        if smallest == 0:
             return self._skip_empty_groups(points, row_splits, keep)
         with torch.autocast(points.device.type, enabled=False):
-            code, groups = self._slot_codes(), Groups(row_splits, splits)
+            code, groups = self._slot_codes(), Groups(row_splits)
             if self.training:
                 extras = Extras(code, self._least_shared(count, code), self._least_token(kept))
                 return embed_training(self, points, groups, keep, points.dtype, extras)
@@ -143,8 +142,8 @@ class PackedTokenEmbedding(nn.Module):
             return None
         return torch.where(count[:, None] < self.slots, self.conv4(F.relu(self.norm2.bias)), -torch.inf)
 
-    def _check(self, points: Tensor, row_splits: Tensor) -> list[int]:
-        """Check the arguments of :meth:`forward` and return the row splits as a list."""
+    def _check(self, points: Tensor, row_splits: Tensor, keep: Tensor | None) -> int:
+        """Check the arguments of :meth:`forward` and return the fewest points that a group has."""
         channels = self.conv1.in_features
         if points.dim() != 2 or points.shape[1] != channels or not points.is_floating_point():
             raise ValueError(
@@ -156,19 +155,23 @@ class PackedTokenEmbedding(nn.Module):
                 f"PackedTokenEmbedding: row_splits must be int64 [G + 1] (0, end of group 0, ..., {points.shape[0]}), "
                 f"got {row_splits.dtype} {list(row_splits.shape)}"
             )
-        splits = row_splits.tolist()
-        sizes = [end - begin for begin, end in pairwise(splits)]
-        if splits[0] != 0 or splits[-1] != points.shape[0] or min(sizes, default=0) < 0:
+        if keep is not None and (keep.dim() != 1 or keep.dtype != torch.int64):
+            raise ValueError(
+                f"PackedTokenEmbedding: keep must be the numbers of groups, int64 [T], got {keep.dtype} {list(keep.shape)}; "
+                "a mask becomes numbers with mask.nonzero()[:, 0]"
+            )
+        fewest, most = row_splits.diff().aminmax() if row_splits.shape[0] > 1 else (row_splits[0], row_splits[0])
+        first, last, fewest, most = torch.stack([row_splits[0], row_splits[-1], fewest, most]).tolist()
+        if first != 0 or last != points.shape[0] or fewest < 0:
             raise ValueError(
                 f"PackedTokenEmbedding: row_splits must start at 0, never decrease and end at the number of points ({points.shape[0]}); "
-                f"they start at {splits[0]} and end at {splits[-1]}. Make them with offsets_from_lengths of geossl.ops"
+                f"they start at {first} and end at {last}. Make them with offsets_from_lengths of geossl.ops"
             )
-        most = max(sizes, default=0)
         if most > self.slots:
             raise ValueError(
                 f"PackedTokenEmbedding: a group has {most} points, but slots={self.slots}; group with at most that many or raise slots"
             )
-        return splits
+        return fewest
 
 
 def _maximum(x: Tensor, row_splits: Tensor, least: Tensor | None) -> Tensor:

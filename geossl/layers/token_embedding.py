@@ -38,7 +38,7 @@ class PointTokenEmbedding(nn.Module):
 
         Args:
             groups: Points of each group, ``[G, K, in_channels]``, positions relative to the group's centre.
-            keep: Numbers of the groups whose token is wanted, ``[T]`` int64; None means all. The others only enter the batch
+            keep: Numbers of the groups whose token is wanted, ``[T]`` int64, none twice; None means all. The others only enter the batch
                 statistics in training, and cost nothing in evaluation.
 
         Returns:

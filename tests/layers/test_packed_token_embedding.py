@@ -192,6 +192,20 @@ def test_values_gradients_and_statistics_equal_the_definition(lengths, columns, 
 
 
 @pytest.mark.parametrize("training", [True, False])
+def test_chunks_do_not_change_the_result(monkeypatch, training):
+    points, row_splits = random_groups([5, 1, 3, 2, 5, 4, 1, 1, 5])
+    keep, weight = torch.tensor([8, 0, 3, 4, 1]), torch.randn(5, 6, dtype=torch.float64)
+    results = []
+    for rows in (2048, 8, 1):
+        monkeypatch.setattr("geossl.layers.fast_token_embedding.ROWS_PER_CHUNK", rows)
+        module, leaf = embedding(code=True).train(training), points.clone().requires_grad_()
+        tokens = module(leaf, row_splits, keep)
+        results.append([tokens, *torch.autograd.grad((tokens * weight).sum(), [leaf, *module.parameters()])])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_a_group_without_points_gives_zeros_and_changes_nothing(training):
     module = embedding().train(training)
     points, row_splits = random_groups([2, 3, 4])
@@ -229,6 +243,11 @@ def test_autocast_leaves_the_precision_alone():
 def test_bad_input_is_explained(points, row_splits, message):
     with pytest.raises(ValueError, match=message):
         embedding().float()(points, row_splits)
+
+
+def test_a_mask_instead_of_numbers_is_explained():
+    with pytest.raises(ValueError, match="keep must be the numbers of groups"):
+        embedding()(*random_groups([2, 3]), torch.tensor([True, False]))
 
 
 def test_bad_options_are_explained():
