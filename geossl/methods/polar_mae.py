@@ -131,7 +131,8 @@ class PolarMAE(nn.Module):
             mask: Hidden tokens, bool ``[T]`` packed; None draws them.
 
         Returns:
-            The weighted sum of the losses; metrics ``chamfer`` (mean over hidden tokens) and ``energy`` (mean squared error over their
+            The weighted sum of the losses, means over the hidden tokens of this batch (each process and micro-batch takes its own, as
+            published); metrics ``chamfer`` (mean over hidden tokens) and ``energy`` (mean squared error over their
             points), unweighted; ``aux``: ``groups``, ``mask [T]``, ``prediction [M, slots, columns]`` relative to the hidden centres, and
             with ``energy`` the predicted energies ``energy [M, slots]`` of the true points.
         """

@@ -189,6 +189,19 @@ def test_pictures_hold_the_parts_of_each_event_in_voxels():
         assert picture["center_hidden"].sum() == int(0.6 * len(picture["centers"]))
 
 
+def test_attention_maps_are_weights_of_each_event_alone():
+    backbone, batch = tiny().eval().backbone, events(60, 90)
+    maps = backbone.attention_maps(backbone.group(batch.points), 0)
+    rows = torch.cat([batch.points.coord, batch.points.feats], 1).split(batch.points.lengths.tolist())
+    for weights, event in zip(maps, rows, strict=True):
+        assert weights.shape[0] == 2
+        assert weights.shape[1] == weights.shape[2]
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+        torch.testing.assert_close(backbone.attention_maps(backbone.group(event[None]), 0)[0], weights, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="block 2 does not exist; the backbone has 2 blocks"):
+        backbone.attention_maps(backbone.group(batch.points), 2)
+
+
 def test_events_of_one_token_hide_nothing_and_lose_nothing():
     batch = PointBatch(PackedPoints(torch.full((2, 3), 380.0), torch.tensor([0, 1, 2]), torch.zeros(2, 1)))
     output = tiny().eval()(batch)

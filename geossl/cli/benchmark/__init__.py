@@ -1,6 +1,6 @@
 """``geossl benchmark``: CPU time and memory beside the machine's own floor and beside peers.
 
-    benchmark.py steps  --json FILE [--method point_mae|polar_mae]    training steps, optimiser, feature extraction
+    benchmark.py steps  --json FILE [--method polar_mae]    training steps, optimiser, feature extraction
     benchmark.py ops    --json FILE [--rows 'knn/*']        operators beside every peer, on four kinds of cloud, with 1 and 2 threads
     benchmark.py splat  --json FILE                         the Gaussian rasterizer, with 1 and 2 threads
     benchmark.py data   --json FILE                         a batch, as a share of the step it feeds

@@ -58,7 +58,7 @@ function attentionView(index, state) {
   return el("div", {}, el("div", { class: "stage" }, canvas), text);
 }
 function heroEvents() {
-  const state = { spin: 0.25, yaw: -0.7, zoom: 1.3 }, canvas = el("canvas"), caption = el("span");
+  const state = { spin: 0.25, yaw: -0.7, zoom: 1.12 }, canvas = el("canvas"), caption = el("span");
   $("hero").append(canvas, el("figcaption", {}, caption, el("span", {}, "coloured by energy")));
   const view = new View(canvas, () => eventData(0).cloud, state, { limit: 620, label: "A particle event, turning" });
   let shown = -1;
@@ -81,7 +81,7 @@ function eventsPanel() {
   const list = el("div", { class: "events" });
   section.append(list);
   items.forEach((e, index) => {
-    const state = { spin: 0.2, yaw: -0.55 - 0.4 * index, zoom: 1.35 }, grid = el("div", { class: "views" });
+    const state = { spin: 0.2, yaw: -0.55 - 0.4 * index, zoom: 1.12 }, grid = el("div", { class: "views" });
     for (const [title, cloud] of eventViews(index)) {
       const canvas = el("canvas");
       new View(canvas, cloud, state, { limit: 400, label: `${title}, ${e.name}` });
