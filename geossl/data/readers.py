@@ -203,7 +203,7 @@ def _read_mesh(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, n
     parts = _mesh_parts(loaded)
     areas = [float(part.area) for part in parts]
     if not parts:
-        raise DataError(f"{path}: has neither faces nor points; it is empty or damaged")
+        raise DataError(f"{path}: has neither faces nor points; it is empty, damaged or truncated")
     for part in parts:
         check_finite(str(path), vertices=np.asarray(part.vertices))
     if not sum(areas) > 0.0:
