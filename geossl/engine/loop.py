@@ -382,14 +382,14 @@ class Trainer:
         """Score the module; True when the best score so far was reached."""
         with self._evaluated() as module:
             scores = self.hooks.probe(module) if module is not None and self.hooks.probe is not None else {}
-        self.scores = self.world.from_main(scores)
+        self.scores, best = self.world.from_main((scores, self.hooks.best))  # whether to save is the same in every process
         if self.log is not None and self.scores:
             self.log.row(self.step, {f"probe/{name}": value for name, value in self.scores.items()})
             log.info("step %d: probe %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in self.scores.items()))
-        value = self.scores.get(self.hooks.best)
+        value = self.scores.get(best)
         if value is None or (self.best is not None and value <= self.best["value"]):
             return False
-        self.best = {"step": self.step, "name": self.hooks.best, "value": value}
+        self.best = {"step": self.step, "name": best, "value": value}
         return True
 
     def _finish(self) -> None:
