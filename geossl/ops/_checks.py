@@ -96,6 +96,8 @@ def positive(op: str, name: str, given: Any) -> int:
 
 def radius(op: str, value: Any) -> float:
     """Check a radius and return it as a float."""
+    if value.__class__ is float and value > 0:
+        return value  # the usual case, soon over
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: radius must be a number, got {describe(value)}")
     number = float(value)
