@@ -9,7 +9,7 @@ views lie in one batch dimension, view 1 of all clouds comes first, then view 2,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ def splat_depth(points: Tensor, frames: ViewFrames) -> Tensor:
     image = torch.arange(VIEWS * batch, device=points.device).view(VIEWS, batch, 1)
     index = (image * side + center[..., 0]) * side + center[..., 1]
     depth = points[..., list(_DEPTH)].permute(2, 0, 1)
-    canvas = ops.scatter_reduce(depth.reshape(-1), index.reshape(-1), VIEWS * batch * side * side, "sum")
+    canvas = cast(Tensor, ops.scatter_reduce(depth.reshape(-1), index.reshape(-1), VIEWS * batch * side * side, "sum"))
     # Painting 5x5 pixels for every point is a box filter over single pixels; it is separable.
     canvas = F.pad(canvas.view(VIEWS * batch, side, side), (_REACH,) * 4)
     return _fold(_box_sum(_fold(_box_sum(canvas, 2), 2), 1), 1)
