@@ -98,7 +98,7 @@ def read_torch_file(path: str | os.PathLike[str], *, skip_objects: bool = False)
         if skip_objects:
             if _torchscript_root(path) is not None:
                 raise CheckpointError(
-                    f"{path} is a TorchScript program, which would run when read; it was not opened. read_torchscript_weights reads its tensors."
+                    f"{path} is a TorchScript program, which would run when read; not opened; read_torchscript_weights reads its tensors."
                 )
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_DataOnlyPickle)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
