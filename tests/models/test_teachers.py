@@ -125,6 +125,23 @@ def test_random_teacher_is_always_the_same():
     torch.testing.assert_close(first.saliency.sum(1), torch.ones(2))
 
 
+def test_images_do_not_depend_on_their_batch():
+    teacher = TeacherConfig(name="random").build()
+    images = torch.randn(9, 3, 32, 48)
+    together = teacher(images)
+    for i in range(9):
+        alone = teacher(images[i : i + 1])
+        torch.testing.assert_close(alone.features[0], together.features[i])
+        torch.testing.assert_close(alone.saliency[0], together.saliency[i])
+    assert teacher(images[:0]).features.shape == (0, 32, 2, 3)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+def test_wrong_images_are_refused(images):
+    with pytest.raises(ValueError, match=r"teacher 'random': images must be \[M, 3, H, W\] floating point, got"):
+        TeacherConfig(name="random").build()(images)
+
+
 def test_saliency_of_an_empty_map_is_even():
     teacher = Teacher(nn.Identity(), name="identity", channels=3, digest="")
     torch.testing.assert_close(teacher(torch.zeros(1, 3, 2, 2)).saliency, torch.full((1, 4), 0.25))
