@@ -10,6 +10,7 @@ from geossl.layers.masking import block_mask, random_mask
 from geossl.layers.norm import BatchNorm, BatchwideNorm
 from geossl.layers.packed_token_embedding import PackedTokenEmbedding
 from geossl.layers.position import PositionMLP
+from geossl.layers.projection import ProjectedViews, ViewFrames, back_project, fit_views, project_views, splat_depth
 from geossl.layers.sampling import BatchRandom
 from geossl.layers.token_embedding import PointTokenEmbedding
 from geossl.layers.volume_tokens import TOKENIZERS, VolumeTokenizer, VolumeTokens
@@ -25,14 +26,20 @@ __all__ = [
     "PackedTokenEmbedding",
     "PointTokenEmbedding",
     "PositionMLP",
+    "ProjectedViews",
     "Segments",
+    "ViewFrames",
     "VolumeTokenizer",
     "VolumeTokens",
+    "back_project",
     "block_mask",
+    "fit_views",
     "init_transformer_weights",
     "l1",
+    "project_views",
     "psnr",
     "random_mask",
     "scaled_dot_product",
+    "splat_depth",
     "ssim",
 ]

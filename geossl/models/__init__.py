@@ -3,17 +3,22 @@
 from geossl.models.factory import BACKBONES, FeatureInfo, create_backbone, list_backbones, load, save_backbone
 from geossl.models.point_vit import PointViT, PointViTConfig
 from geossl.models.point_vit_volume import VolumeGroups, VolumePointViT, VolumePointViTConfig
+from geossl.models.teachers import Teacher, TeacherConfig, TeacherOutput, list_teachers
 
 __all__ = [
     "BACKBONES",
     "FeatureInfo",
     "PointViT",
     "PointViTConfig",
+    "Teacher",
+    "TeacherConfig",
+    "TeacherOutput",
     "VolumeGroups",
     "VolumePointViT",
     "VolumePointViTConfig",
     "create_backbone",
     "list_backbones",
+    "list_teachers",
     "load",
     "save_backbone",
 ]

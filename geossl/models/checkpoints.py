@@ -96,9 +96,9 @@ def read_torch_file(path: str | os.PathLike[str], *, skip_objects: bool = False)
     """
     try:
         if skip_objects:
-            if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            if _torchscript_root(path) is not None:
                 raise CheckpointError(
-                    f"{path} is a TorchScript program, which would run when read; it was not opened. Save its state_dict."
+                    f"{path} is a TorchScript program, which would run when read; not opened; read_torchscript_weights reads its tensors."
                 )
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_DataOnlyPickle)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
@@ -112,8 +112,78 @@ def read_torch_file(path: str | os.PathLike[str], *, skip_objects: bool = False)
         raise CheckpointError(f"{path} cannot be read as a torch file (missing, truncated or not such a file): {error}") from error
 
 
+class _Storage:
+    """Kind of number that a stored tensor has, as TorchScript names it: ``torch.HalfStorage``."""
+
+    kinds: ClassVar[dict[str, torch.dtype]] = {
+        "torch.FloatStorage": torch.float32,
+        "torch.HalfStorage": torch.float16,
+        "torch.BFloat16Storage": torch.bfloat16,
+        "torch.DoubleStorage": torch.float64,
+        "torch.LongStorage": torch.int64,
+        "torch.IntStorage": torch.int32,
+        "torch.BoolStorage": torch.bool,
+    }
+
+
+class _TensorsOfProgram(pickle.Unpickler):
+    """Reads the module tree of a TorchScript archive as plain objects; none of its code is looked at."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive = archive
+        self.root = root
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}"
+        if path in _Storage.kinds:
+            return _Storage.kinds[path]
+        if path == "torch._utils._rebuild_tensor_v2":
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
+        return type("Module", (), {}) if module.startswith("__torch__") else _Skipped
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        _, dtype, key, *_ = pid
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+
+
+def _torchscript_root(path: str | os.PathLike[str]) -> str | None:
+    """The folder inside a TorchScript archive; None for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return next((name.removesuffix("/constants.pkl") for name in archive.namelist() if name.endswith("/constants.pkl")), None)
+    except (OSError, zipfile.BadZipFile):
+        return None
+
+
+def read_torchscript_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the tensors of a TorchScript archive (the form in which OpenAI released CLIP) by name, without running the program in it.
+
+    Raises:
+        CheckpointError: it is damaged, or no such archive.
+    """
+    root = _torchscript_root(path)
+    if root is None:
+        raise CheckpointError(f"{path} is not a TorchScript archive; read it with read_reference_state")
+    state: dict[str, Tensor] = {}
+
+    def collect(value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            state[name] = value
+        elif hasattr(value, "__dict__") and type(value).__name__ == "Module":
+            for key, child in vars(value).items():
+                collect(child, f"{name}.{key}" if name else key)
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            collect(_TensorsOfProgram(archive, root).load(), "")
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a TorchScript archive (truncated or damaged): {error}") from error
+    return state
+
+
 def read_reference_state(source: str | os.PathLike[str] | Mapping[str, Any], *, skip_objects: bool = False) -> dict[str, Tensor]:
-    """Find the weights in an official checkpoint: a file (torch or safetensors), or what was read from one.
+    """Find the weights in an official checkpoint: a file (torch, TorchScript or safetensors), or what was read from one.
 
     Looks under the usual keys (``base_model``, ``model``, ``state_dict``) and strips the ``module.`` that data-parallel training
     leaves; float16 weights become float32. ``skip_objects``: see :func:`read_torch_file`.
@@ -125,7 +195,12 @@ def read_reference_state(source: str | os.PathLike[str] | Mapping[str, Any], *, 
         content, name = source, "the given state"
     else:
         name = str(source)
-        content = read_safetensors(source) if Path(source).suffix == ".safetensors" else read_torch_file(source, skip_objects=skip_objects)
+        if Path(source).suffix == ".safetensors":
+            content = read_safetensors(source)
+        elif _torchscript_root(source) is not None:
+            content = read_torchscript_weights(source)
+        else:
+            content = read_torch_file(source, skip_objects=skip_objects)
     for key in ("base_model", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -13,7 +13,7 @@ import torch
 
 import geossl
 from geossl.errors import CheckpointError, UnknownNameError
-from geossl.models.checkpoints import read_reference_state, read_torch_file
+from geossl.models.checkpoints import read_reference_state, read_torch_file, read_torchscript_weights
 
 
 class Bomb:
@@ -171,4 +171,47 @@ def test_hostile_pickles_are_refused_or_read_as_nothing(tmp_path, kind):
 def test_a_torchscript_program_is_not_run(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.ckpt")
     with pytest.raises(CheckpointError, match="is a TorchScript program"):
-        read_reference_state(tmp_path / "program.ckpt", skip_objects=True)
+        read_torch_file(tmp_path / "program.ckpt", skip_objects=True)
+
+
+class Program(torch.nn.Module):
+    """Parameters of several types and strides, a buffer, an attribute that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        self.scale = torch.nn.Parameter(torch.rand(2, 3).T.half())
+        self.sizes = [1, 2]
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_weights_of_a_torchscript_program_are_read_without_running_it(tmp_path):
+    model = Program()
+    torch.jit.save(torch.jit.script(model), tmp_path / "program.pt")
+    state = read_torchscript_weights(tmp_path / "program.pt")
+    assert set(state) == set(model.state_dict())
+    assert all(torch.equal(state[key], value) and state[key].dtype == value.dtype for key, value in model.state_dict().items())
+    assert torch.equal(read_reference_state(tmp_path / "program.pt")["scale"], model.scale.float())
+
+
+def test_a_damaged_torchscript_program_is_refused(tmp_path):
+    torch.jit.save(torch.jit.script(Program()), tmp_path / "program.pt")
+    with zipfile.ZipFile(tmp_path / "program.pt") as whole, zipfile.ZipFile(tmp_path / "short.pt", "w") as short:
+        for name in whole.namelist():
+            short.writestr(name, whole.read(name)[:20] if "/data/" in name else whole.read(name))
+    with pytest.raises(CheckpointError, match=r"short\.pt cannot be read as a TorchScript archive"):
+        read_reference_state(tmp_path / "short.pt")
+    with pytest.raises(CheckpointError, match="is not a TorchScript archive"):
+        read_torchscript_weights(tmp_path / "nothing.pt")
+
+
+def test_a_program_that_names_code_runs_none(tmp_path):
+    torch.jit.save(torch.jit.script(Program()), tmp_path / "program.pt")
+    with zipfile.ZipFile(tmp_path / "program.pt") as whole, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for name in whole.namelist():
+            bomb.writestr(name, pickle.dumps(Bomb(tmp_path / "ran"), 2) if name.endswith("/data.pkl") else whole.read(name))
+    with pytest.raises(CheckpointError):
+        read_reference_state(tmp_path / "bomb.pt")
+    assert not (tmp_path / "ran").exists()
