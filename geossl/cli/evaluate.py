@@ -30,7 +30,7 @@ INSTANCE_EVENTS = 50
 # What a run says about its data that a probe of it needs, too.
 _RUN_DATA_KEYS = (
     *("name", "root", "points", "columns", "normalize"),
-    *("events", "val_events", "seed", "energy_threshold", "max_energy", "remove_led", "min_points"),
+    *("events", "val_events", "seed", "simulation", "files", "energy_threshold", "max_energy", "remove_led", "min_points"),
 )
 
 
@@ -217,7 +217,7 @@ def _data_of_run(model: Path) -> list[str]:
                 return []
             known = {f.name for f in fields(DATASETS.config(section["name"]))}
             kept = [(key, section[key]) for key in _RUN_DATA_KEYS if key in section and key in known]
-            return [text for key, value in kept for text in _flag(key, value)]
+            return [text for key, value in kept if value is not None for text in _flag(key, value)]
     return []
 
 
@@ -225,4 +225,8 @@ def _flag(key: str, value: Any) -> list[str]:
     """One data setting as it is said on the command line."""
     if isinstance(value, bool):
         return [f"--data.{key}" if value else f"--data.no_{key}"]
+    if isinstance(value, dict):
+        return [text for name, inner in value.items() for text in _flag(f"{key}.{name}", inner)]
+    if isinstance(value, list):
+        return [f"--data.{key}", *map(str, value)] if value else []
     return [f"--data.{key}", str(value)]

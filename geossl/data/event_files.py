@@ -42,7 +42,7 @@ def read_events(path: Path, config: EventDataConfig | None = None) -> Iterator[t
     files = {"files": (path,)} if path.is_file() else {"root": path}
     dataset: EventDataset = PILArNetConfig(**files, **cuts).build("all")
     for row in range(len(dataset)):
-        yield dataset.source(row), dataset.get(row)
+        yield dataset.source(row), event_sample(dataset.read(row), config, row, dataset.source(row))
 
 
 def read_event_npz(path: Path) -> Event:

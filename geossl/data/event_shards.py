@@ -151,6 +151,9 @@ def _convert(task: _Task) -> dict[str, Any]:
 
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], kind: Any) -> np.ndarray:
+    for part in parts:
+        if np.issubdtype(kind, np.integer) and part.size and not np.iinfo(kind).min <= part.min() <= part.max() <= np.iinfo(kind).max:
+            raise DataError(f"events hold whole numbers from {part.min()} to {part.max()}, more than shards can keep ({np.dtype(kind)})")
     return np.concatenate([np.empty(empty, dtype=kind), *parts], dtype=kind, casting="same_kind")
 
 

@@ -7,6 +7,7 @@ HDF5 files), ``event_shards`` (those converted to memory-mapped shards), ``lartp
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 from geossl.config import require
 from geossl.data.sample import Sample
 from geossl.errors import DataError
+
+log = logging.getLogger("geossl")
 
 GRID = 768
 """Voxels along each side of the detector."""
@@ -142,17 +145,22 @@ def event_sample(event: Event, config: EventDataConfig, row: int = 0, source: st
     energy = event.energy[start:]
     kept = np.flatnonzero(energy > np.float32(config.energy_threshold)) if config.energy_threshold else np.arange(len(energy))
     if not len(kept):
-        raise DataError(
+        raise NoPointLeftError(
             f"{source}: none of its {len(event)} points is left (energy_threshold={config.energy_threshold}, "
-            f"remove_led={config.remove_led}); leave such events out with a higher min_points"
+            f"remove_led={config.remove_led}); lower energy_threshold, or leave such events out with a higher min_points"
         )
     points = np.empty((len(kept), 4), dtype=np.float32)
     points[:, :3] = event.voxel[start:][kept]
     least = config.energy_threshold or UNCUT_ENERGY
     span = np.log10(config.max_energy + least) - np.log10(least)
-    points[:, 3] = 2 * (np.log10(energy[kept] + least, dtype=np.float64) - np.log10(least)) / span - 1
+    positive = np.maximum(energy[kept], 0)  # a voxel below zero is as empty as one at zero
+    points[:, 3] = 2 * (np.log10(positive + least, dtype=np.float64) - np.log10(least)) / span - 1
     cluster = np.repeat(np.arange(len(sizes)), sizes)[start:][kept]
     return Sample(points, -1, row, semantic[cluster], cluster - 1)
+
+
+class NoPointLeftError(DataError):
+    """An event all of whose voxels are cut."""
 
 
 class EventDataset:
@@ -193,15 +201,22 @@ class EventDataset:
         return rng.permutation(len(self))
 
     def get(self, row: int, rng: np.random.Generator | None = None) -> Sample:
-        """Return sample ``row``, see :func:`event_sample`.
+        """Return sample ``row``, see :func:`event_sample`; for an event that the cuts leave nothing of, the next one that has points.
+
+        ``min_points`` counts the voxels before the cuts, so such events pass it. One among millions must not end a training.
 
         Args:
             row: 0 <= row < len(self).
             rng: Not used: nothing about an event is random here; methods draw its rotation.
 
         Raises:
-            DataError: the event cannot be used; the message names its file.
+            DataError: the event is damaged, or no event has points left; the message names its file.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"{self.config.name}: row {row} is outside 0..{len(self) - 1}")
-        return event_sample(self.read(row), self.config, row, self.source(row))
+        for at in (*range(row, len(self)), *range(row)):
+            try:
+                return event_sample(self.read(at), self.config, row, self.source(at))
+            except NoPointLeftError as error:
+                log.warning("%s; the next event stands in for it", error)
+        raise NoPointLeftError(f"{self.config.name}: no event has a point left; lower energy_threshold")

@@ -30,6 +30,7 @@ from geossl.errors import DataError
 log = logging.getLogger("geossl")
 
 POINT_COLUMNS = 8
+HDF5_SUFFIXES = (".h5", ".hdf5")
 CLUSTER_COLUMNS = {1: 5, 2: 6}
 """Columns of a cluster by version."""
 EXTRA_COLUMNS = 5
@@ -96,18 +97,24 @@ class PILArNetFile:
 
     def _find_version(self) -> int:
         """Tell the version by which number of columns makes sense; a row of 30 numbers alone could be of either."""
-        possible, row = set(CLUSTER_COLUMNS), 0
-        for row in range(min(self._count, _LOOKED_AT)):
+        possible, wrong = set(CLUSTER_COLUMNS), ""
+        looked_at = min(self._count, _LOOKED_AT)
+        unfit = 0
+        for row in range(looked_at):
             points, flat = len(self._rows("point", row)) // POINT_COLUMNS, self._rows("cluster", row)
             fitting = {v for v in possible if len(flat) % CLUSTER_COLUMNS[v] == 0 and flat[:: CLUSTER_COLUMNS[v]].sum() == points}
-            if not fitting:
-                raise DataError(
+            if not fitting:  # said again when that event is read, unless all are like it
+                unfit += 1
+                wrong = wrong or (
                     f"{self.path}: event {row} fits neither version of PILArNet-M: {len(flat)} numbers in cluster, expected 5 (version 1) "
                     f"or 6 (version 2) for each, whose first sum to the {points} points"
                 )
-            possible = fitting
+                continue
+            possible &= fitting
             if len(possible) == 1:
                 break
+        if (looked_at and unfit == looked_at) or not possible:
+            raise DataError(wrong or f"{self.path}: some events are of version 1 and others of version 2")
         return min(possible)
 
     def read(self, row: int) -> Event:
@@ -205,9 +212,13 @@ def find_event_files(root: Path, files: Iterable[Path] = ()) -> dict[str, list[P
         if root.is_dir() and root.name in SPLITS:
             root = root.parent
         folders = [root / name for name in SPLITS if (root / name).is_dir()] or [root]
-        given = [root] if root.is_file() else sorted(path for folder in folders for path in folder.glob("*.h5"))
+        given = (
+            [root] if root.is_file() else sorted(path for folder in folders for path in folder.iterdir() if path.suffix in HDF5_SUFFIXES)
+        )
         if not given:
-            raise DataError(f"{root}: holds no .h5 files, nor do folders train, val and test in it; check the path")
+            raise DataError(
+                f"{root}: holds no {' or '.join(HDF5_SUFFIXES)} files, nor do folders train, val and test in it; check the path"
+            )
     parts: dict[str, list[Path]] = {}
     for path in given:
         parts.setdefault(path.parent.name if path.parent.name in SPLITS else "train", []).append(existing(path))

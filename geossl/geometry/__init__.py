@@ -26,7 +26,7 @@ from geossl.geometry.cameras import (
     transform_points,
 )
 from geossl.geometry.containers import Gaussians, Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
-from geossl.geometry.rotations import euler_to_matrix, matrix_to_quaternion, quaternion_to_matrix, rotation_about_z
+from geossl.geometry.rotations import euler_to_matrix, matrix_to_quaternion, quaternion_to_matrix, rotate_each, rotation_about_z
 from geossl.geometry.spherical_harmonics import SH_C0, sh_basis, spherical_harmonics
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "quaternion_to_matrix",
     "resize_intrinsics",
     "rotate",
+    "rotate_each",
     "rotation_about_z",
     "sh_basis",
     "spherical_harmonics",

@@ -62,3 +62,16 @@ def rotation_about_z(yaw: Tensor) -> Tensor:
     """Return the matrices ``[..., 3, 3]`` that turn counter-clockwise about z (seen from above) by ``yaw [...]`` radians."""
     cos, sin, zero, one = yaw.cos(), yaw.sin(), torch.zeros_like(yaw), torch.ones_like(yaw)
     return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
+
+
+def rotate_each(points: Tensor, matrix: Tensor) -> Tensor:
+    """Rotate each point by its own matrix, in the type of the points whatever autocast says.
+
+    Args:
+        points: ``[N, 3]``.
+        matrix: ``[N, 3, 3]``, of the same type.
+
+    Returns:
+        ``[N, 3]``; differentiable in both.
+    """
+    return (matrix * points.unsqueeze(1)).sum(2)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from geossl import ops
 from geossl.errors import CheckpointError, ConfigError, unknown_name
-from geossl.geometry import Output, PointBatch, euler_to_matrix, quaternion_to_matrix
+from geossl.geometry import Output, PointBatch, euler_to_matrix, quaternion_to_matrix, rotate_each
 from geossl.layers import BatchRandom, PackedTokenEmbedding, Segments, init_transformer_weights, random_mask
 from geossl.layers.norm import make_norm
 from geossl.methods.registry import METHODS
@@ -139,6 +139,8 @@ class PolarMAE(nn.Module):
         random = BatchRandom.of(batch, generator)
         groups = self.backbone.group(batch.points)
         mask = self.draw_mask(groups, random) if mask is None else mask.reshape(-1).to(device=groups.centers.device, dtype=torch.bool)
+        if len(mask) != len(groups.centers):
+            raise ValueError(f"PolarMAE: mask must have one entry per token, {len(groups.centers)} for these events; got {len(mask)}")
         if self.training:
             groups = rotate_groups(groups, draw_rotations(self.config.rotation, random))
         decoded = self.decode(groups, mask, random)
@@ -302,9 +304,8 @@ def rotate_groups(groups: VolumeGroups, matrix: Tensor | None) -> VolumeGroups:
     if matrix is None:
         return groups
     matrix = groups.segments.repeat(matrix.to(groups.centers.device, groups.points.dtype))  # [T, 3, 3]
-    position = torch.einsum("sj,sij->si", groups.points[:, :3], matrix[groups.token_of_row()])
-    centers = torch.einsum("tj,tij->ti", groups.centers, matrix)
-    return groups._replace(points=torch.cat([position, groups.points[:, 3:]], 1), centers=centers)
+    position = rotate_each(groups.points[:, :3], matrix[groups.token_of_row()])
+    return groups._replace(points=torch.cat([position, groups.points[:, 3:]], 1), centers=rotate_each(groups.centers, matrix))
 
 
 def random_quaternion(uniform: Tensor) -> Tensor:

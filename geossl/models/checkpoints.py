@@ -104,11 +104,16 @@ def read_torch_file(path: str | os.PathLike[str], *, skip_objects: bool = False)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if skip_objects:  # objects are no reason then
+            raise CheckpointError(f"{path} cannot be read as a torch file (truncated or not such a file): {error}") from error
         raise CheckpointError(
             f"{path} holds Python objects beyond tensors and plain containers, which would run code when read; it was not opened. "
             f"If you trust its author, re-save only its state_dict. ({str(error).splitlines()[0]})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        *(OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+        *(zipfile.BadZipFile, AssertionError),  # what torch raises for damaged archives and records
+    ) as error:
         raise CheckpointError(f"{path} cannot be read as a torch file (missing, truncated or not such a file): {error}") from error
 
 

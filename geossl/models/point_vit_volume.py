@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from geossl import ops
-from geossl.errors import ConfigError, unknown_name
+from geossl.errors import CheckpointError, ConfigError, unknown_name
 from geossl.geometry import PackedPoints, Tokens
 from geossl.layers import (
     TOKENIZERS,
@@ -215,6 +215,8 @@ class VolumePointViT(nn.Module):
             )
         config, tokenizer = self.config, self.tokenizer
         coord = events.coord
+        if events.feats is not None:  # points without coordinates are left out
+            coord = coord.masked_fill(~events.feats.isfinite().all(1, keepdim=True), torch.nan)
         if not config.exact_voxels:
             coord, tokenizer = self.normalize(coord), tokenizer.scaled(config.scale)
         found = tokenizer(coord, events.offsets, None if events.feats is None else events.feats[:, 0])
@@ -419,6 +421,11 @@ def reference_encoder_config(encoder: Mapping[str, Tensor], config: Mapping[str,
     scale = float(config.get("scale", DETECTOR_SCALE))
     cap = grouping.get("num_init_groups", grouping.get("num_groups", 256))
     seeded = bool(grouping.get("use_fps_seed", False))
+    needed = ("position.2.bias", "blocks.blocks.0", *(f"embed.conv{i}.weight" for i in (1, 2, 3)))
+    if missing := [name for name in needed if not any(key.startswith(name) for key in encoder)]:
+        raise CheckpointError(
+            f"not an encoder of PoLAr-MAE: {', '.join(missing)} (in this package's names) missing; found {sorted(encoder)[:8]}"
+        )
     return VolumePointViTConfig(
         dim=encoder["position.2.bias"].shape[0],
         depth=1 + max(int(key.split(".")[2]) for key in encoder if key.startswith("blocks.blocks.")),

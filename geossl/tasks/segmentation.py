@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from geossl import ops
 from geossl.config import require
 from geossl.errors import CheckpointError, ConfigError, unknown_name
-from geossl.geometry import Output, PackedPoints, PointBatch
+from geossl.geometry import Output, PackedPoints, PointBatch, rotate_each
 from geossl.layers import BatchNorm, BatchRandom, BlockStack, Segments, init_transformer_weights
 from geossl.layers.norm import make_norm
 from geossl.methods.polar_mae import ROTATIONS, draw_rotations, rotate_groups
@@ -271,7 +271,7 @@ class Segmentation(nn.Module):
             groups = rotate_groups(groups, matrix)
             if matrix is not None:
                 per_point = Segments.from_offsets(events.offsets).repeat(matrix.to(coord.device, coord.dtype))
-                coord = torch.einsum("nj,nij->ni", coord, per_point)
+                coord = rotate_each(coord, per_point)
         feats = self.token_features(groups, random)
         token_offsets = groups.segments.offsets(coord.device)
         x = self.head.upsample(coord, events.offsets, feats, groups.centers, token_offsets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import stat
@@ -195,7 +196,7 @@ def test_parts_are_folders(events: list[Event], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown split 'dev'; choose one of train, val, test, all"):
         build("dev")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: holds no \.h5 files, nor do folders train, val and test"):
+    with pytest.raises(DataError, match=r"empty: holds no \.h5 or \.hdf5 files, nor do folders train, val and test"):
         PILArNetConfig(root=tmp_path / "empty").build("train")
     with pytest.raises(DataError, match="nowhere: this file or folder does not exist"):
         PILArNetConfig(root=tmp_path / "nowhere").build("train")
@@ -357,3 +358,34 @@ def test_files_can_be_read_only(file: Path) -> None:
 def test_wrong_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PILArNetConfig(**options)
+
+
+def test_an_event_that_is_cut_away_does_not_end_a_training(events: list[Event], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    faint = dataclasses.replace(events[1], energy=np.full_like(events[1].energy, 0.01))
+    write_pilarnet(tmp_path / "a.hdf5", [faint, events[2]])
+    data = PILArNetConfig(root=tmp_path).build("train")
+    with caplog.at_level("WARNING", "geossl"):
+        sample = data.get(0)
+    assert np.array_equal(sample.points, data.get(1).points)
+    assert "none of its" in caplog.text
+    with pytest.raises(DataError, match="no event has a point left"):
+        PILArNetConfig(root=tmp_path, energy_threshold=1e4, max_energy=1e5).build("train").get(0)
+
+
+def test_negative_energies_count_as_none(events: list[Event]) -> None:
+    odd = dataclasses.replace(events[1], energy=events[1].energy.copy())
+    odd.energy[-1] = -1.0
+    points = event_sample(odd, EventDataConfig(name="events", energy_threshold=0.0)).points
+    assert points[-1, 3] == -1.0
+    assert np.isfinite(points).all()
+
+
+def test_a_bad_first_event_does_not_hide_the_others(events: list[Event], tmp_path: Path) -> None:
+    write_pilarnet(tmp_path / "whole.h5", events)
+    with h5py.File(tmp_path / "whole.h5") as file:
+        rows = {name: list(file[name]) for name in ("point", "cluster")}
+    rows["cluster"][0] = np.append(rows["cluster"][0], 7)
+    bad = PILArNetFile(write_raw(tmp_path / "bad.h5", rows))
+    assert len(bad.read(1)) == len(events[1])
+    with pytest.raises(DataError, match=r"event 0"):
+        bad.read(0)

@@ -347,3 +347,30 @@ def test_the_released_sizes_are_the_published_ones():
     assert sum(p.numel() for p in method.parameters()) == 29_570_080
     point_mae = dataclasses.replace(METHODS.config("polar_mae"), energy=False).build(backbone)
     assert sum(p.numel() for p in point_mae.parameters()) == 28_985_856
+
+
+@pytest.mark.parametrize("rotation", ["event", "batch"])
+def test_positions_stay_float32_under_autocast(rotation):
+    method, batch = tiny().eval(), events(60, 90)
+    groups = method.backbone.group(batch.points)
+    matrix = draw_rotations(rotation, BatchRandom(2, seeded()))
+    exact = rotate_groups(groups, matrix)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        turned = rotate_groups(groups, matrix)
+    assert torch.equal(turned.centers, exact.centers)
+    assert torch.equal(turned.points, exact.points)
+
+
+def test_a_mask_of_another_length_is_refused():
+    method, batch = tiny().eval(), events(60, 90)
+    with pytest.raises(ValueError, match="one entry per token"):
+        method(batch, mask=torch.zeros(3, dtype=torch.bool))
+
+
+def test_points_without_an_energy_are_left_out():
+    backbone, batch = tiny().eval().backbone, events(60, 90)
+    feats = batch.points.feats.clone()
+    feats[0] = torch.nan
+    points = dataclasses.replace(batch.points, feats=feats)
+    assert backbone(points).feats.isfinite().all()
+    assert not (backbone.group(points).index == 0).any()

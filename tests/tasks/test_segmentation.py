@@ -203,3 +203,13 @@ def test_what_does_not_fit_is_refused():
         tiny(class_weights=(1.0, 2.0))
     with pytest.raises(UnknownNameError, match="unknown freeze 'encodr'; did you mean 'encoder'"):
         tiny(freeze="encodr")
+
+
+@pytest.mark.parametrize("rotation", ["none", "event", "batch"])
+def test_it_trains_in_bfloat16(rotation):
+    task, data = tiny(rotation=rotation).train(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = task(data, generator=torch.Generator().manual_seed(0))
+    output.loss.backward()
+    exact = task(data, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(output.loss, exact.loss, rtol=0.02, atol=0)
