@@ -12,6 +12,7 @@ from geossl.layers.packed_token_embedding import PackedTokenEmbedding
 from geossl.layers.position import PositionMLP
 from geossl.layers.sampling import BatchRandom
 from geossl.layers.token_embedding import PointTokenEmbedding
+from geossl.layers.token_propagation import TokenPropagation
 from geossl.layers.volume_tokens import TOKENIZERS, VolumeTokenizer, VolumeTokens
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PointTokenEmbedding",
     "PositionMLP",
     "Segments",
+    "TokenPropagation",
     "VolumeTokenizer",
     "VolumeTokens",
     "block_mask",

@@ -1,12 +1,15 @@
 """Backbones: encoders from raw input to tokens or feature pyramids. No masking, no decoder, no loss."""
 
 from geossl.models.factory import BACKBONES, FeatureInfo, create_backbone, list_backbones, load, save_backbone
+from geossl.models.point_m2ae import PointM2AEEncoder, PointM2AEEncoderConfig
 from geossl.models.point_vit import PointViT, PointViTConfig
 from geossl.models.point_vit_volume import VolumeGroups, VolumePointViT, VolumePointViTConfig
 
 __all__ = [
     "BACKBONES",
     "FeatureInfo",
+    "PointM2AEEncoder",
+    "PointM2AEEncoderConfig",
     "PointViT",
     "PointViTConfig",
     "VolumeGroups",
