@@ -1,7 +1,7 @@
 """Point-M2AE against tensors computed with published implementations.
 
-I2P-MAE shares Point-M2AE's tokens, encoder, masks, decoder and 3D loss, so every file of ``GEOSSL_GOLDEN/i2p_mae`` of either case is run: an
-I2P-MAE file as a Point-M2AE whose head is the 3D one. Its training gradients are those of both losses, so the 2D head is put beside it.
+I2P-MAE shares Point-M2AE's tokens, encoder, masks, decoder and 3D loss, so every file of ``GEOSSL_GOLDEN/i2p_mae`` of either case is run:
+an I2P-MAE file as a Point-M2AE whose head is the 3D one. Its training gradients are those of both losses, so the 2D head is put beside it.
 """
 
 from __future__ import annotations
