@@ -200,31 +200,34 @@ class PointM2AEEncoder(nn.Module):
         """
         encoded: list[VisibleTokens] = []
         finer, distances = torch.empty(0), None
-        for i, (embed, position, norm_layer, scale) in enumerate(zip(self.embeds, self.positions, self.norms, scales, strict=True)):
-            count = len(scale.centers)
-            if hidden is None:
-                rows, segments = torch.arange(count, device=scale.centers.device), scale.segments
-            else:
-                rows, segments = (~hidden[i]).nonzero()[:, 0], scale.segments.count(~hidden[i])
-            everything = hidden is None or self.training  # batch statistics count hidden tokens, here and at the next scale
-            chosen = slice(None) if everything else rows
-            members = scale.members[chosen] if i == 0 else ops.group(finer, scale.index[chosen])
-            if everything and hidden is not None and i < len(scales) - 1:
-                tokens = embed(members)
-                visible = tokens[rows]
-            else:
-                visible = embed(members, rows if everything and hidden is not None else None)
-                tokens = visible.new_zeros(count, visible.shape[1])
-            centers = scale.centers[rows]
-            masks = None
-            if self.config.padding_attended and self.config.local_radius[i] > 0:
+        for i, scale in enumerate(scales):
+            visible, grid, rows = self._embed(i, scale, finer, None if hidden is None else hidden[i])
+            segments = scale.segments if hidden is None else scale.segments.count(~hidden[i])
+            centers, radius = scale.centers[rows], self.config.local_radius[i]
+            if self.config.padding_attended and radius > 0:
                 visible, distances = self._attend_padding(i, visible, centers, segments, distances, random)
             else:
-                masks = near_masks(centers, segments, self.config.local_radius[i])
-                visible = self.blocks[i](visible, position(centers), segments, random=random, masks=masks)
-            finer = tokens.index_copy(0, rows, visible.to(tokens.dtype)) if hidden is not None else visible
-            encoded.append(VisibleTokens(norm_layer(visible) if norm else visible, rows, segments))
+                masks = near_masks(centers, segments, radius)
+                visible = self.blocks[i](visible, self.positions[i](centers), segments, random=random, masks=masks)
+            finer = grid.index_copy(0, rows, visible.to(grid.dtype))
+            encoded.append(VisibleTokens(self.norms[i](visible) if norm else visible, rows, segments))
         return encoded
+
+    def _embed(self, i: int, scale: Scale, finer: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Visible tokens of scale ``i`` before its blocks, the grid of all tokens that they are written into afterwards, and where.
+
+        Training makes the hidden ones too: the batch statistics count them, and at the next scale what they are merged into. Where they
+        are not read, the grid holds zeros.
+        """
+        count, device, last = len(scale.centers), scale.centers.device, i == len(self.embeds) - 1
+        rows = torch.arange(count, device=device) if hidden is None else (~hidden).nonzero()[:, 0]
+        made = slice(None) if self.training or hidden is None else rows
+        members = scale.members[made] if i == 0 else ops.group(finer, scale.index[made])
+        if hidden is None or (self.training and not last):
+            grid = self.embeds[i](members)
+            return grid if hidden is None else grid[rows], grid, rows
+        visible = self.embeds[i](members, rows if self.training else None)
+        return visible, visible.new_zeros(count, visible.shape[1]), rows
 
     def _attend_padding(
         self, i: int, visible: Tensor, centers: Tensor, segments: Segments, distances: Tensor | None, random: BatchRandom | None
