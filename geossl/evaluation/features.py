@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geossl import ops
 from geossl.errors import ConfigError, DataError
 from geossl.geometry import PackedPoints, Tokens
 
@@ -37,7 +38,9 @@ def read_tokens(backbone: Any, points: PackedPoints | Tensor, layers: int | Sequ
         backbone: Any geossl backbone (``forward``, ``forward_intermediates``).
         points: Packed clouds, or padded ``[B, N, 3 + C]``.
         layers: None for the normed output of the last block. A list of block numbers (negative ones count from the end) or an
-            integer (the last so many): their normed outputs are concatenated along the channels, in the order given.
+            integer (the last so many): their normed outputs are concatenated along the channels, in the order given. Of a backbone with
+            several scales, these count scales, finest first; the tokens are those of the finest one named, to which features of coarser
+            ones are carried by interpolation.
 
     Returns:
         Tokens with ``feats [T, C]`` or ``[T, len(layers) * C]``.
@@ -51,10 +54,23 @@ def read_tokens(backbone: Any, points: PackedPoints | Tensor, layers: int | Sequ
     wanted = list(range(-layers, 0)) if isinstance(layers, int) else list(layers)
     wrong = [block for block in wanted if not -depth <= block < depth]
     if not wanted or wrong:
-        what = f"block {wrong[0]} does not exist" if wrong else "no block is named"
-        raise ConfigError(f"layers: {what}; the backbone has {depth} blocks (0..{depth - 1}, or -1 for the last)")
+        unit = "scale" if hasattr(backbone, "forward_pyramid") else "block"
+        what = f"{unit} {wrong[0]} does not exist" if wrong else f"no {unit} is named"
+        raise ConfigError(f"layers: {what}; the backbone has {depth} {unit}s (0..{depth - 1}, or -1 for the last)")
+    if hasattr(backbone, "forward_pyramid"):
+        pyramid = backbone.forward_pyramid(points)
+        finest = pyramid[min(scale % depth for scale in wanted)]
+        carried = [_carry(pyramid[scale], finest) for scale in wanted]
+        return Tokens(torch.cat(carried, 1), finest.centers, finest.offsets)
     tokens, outputs = backbone.forward_intermediates(points, wanted, norm=True)
     return Tokens(torch.cat(outputs, 1), tokens.centers, tokens.offsets)
+
+
+def _carry(tokens: Tokens, to: Tokens) -> Tensor:
+    """Features of ``tokens`` at the centres of ``to``, by the 3 nearest."""
+    if tokens is to:
+        return tokens.feats
+    return ops.three_nn_interpolate(to.centers, tokens.centers, tokens.feats, query_offsets=to.offsets, offsets=tokens.offsets)
 
 
 def pool_tokens(tokens: Tokens, pooling: Pooling = "mean_max") -> Tensor:

@@ -13,6 +13,7 @@ from geossl.layers.position import PositionMLP
 from geossl.layers.projection import ProjectedViews, ViewFrames, back_project, fit_views, project_views, splat_depth
 from geossl.layers.sampling import BatchRandom
 from geossl.layers.token_embedding import PointTokenEmbedding
+from geossl.layers.token_propagation import TokenPropagation
 from geossl.layers.volume_tokens import TOKENIZERS, VolumeTokenizer, VolumeTokens
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PositionMLP",
     "ProjectedViews",
     "Segments",
+    "TokenPropagation",
     "ViewFrames",
     "VolumeTokenizer",
     "VolumeTokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,11 @@ class Segments:
     def offsets(self, device: torch.device | str = "cpu") -> Tensor:
         """``[B + 1]`` int64."""
         return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int64, device=device)
+
+    def count(self, chosen: Tensor) -> Segments:
+        """Rows of each sample that are True in ``chosen [rows]`` (one device synchronisation)."""
+        parts = [part.sum() for part in chosen.split(list(self.lengths))]
+        return Segments(tuple(torch.stack(parts).tolist()) if parts else ())
 
     def repeat(self, per_sample: Tensor) -> Tensor:
         """Give every row its sample's entry: ``[B, ...] -> [rows, ...]``."""
@@ -71,7 +77,14 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, mask: Tenso
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments, *, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_segments: Segments,
+    key_segments: Segments,
+    *,
+    masks: Sequence[Tensor] | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention in which every sample sees only itself.
 
@@ -84,6 +97,8 @@ def packed_attention(
         value: ``[Tk, H, D]``.
         query_segments: Query rows of each sample.
         key_segments: Key rows of each sample, as many samples.
+        masks: For each sample True where a query may look, bool ``[its queries, its keys]``; every query needs such a key. None means
+            everywhere.
         dropout: See :func:`scaled_dot_product`.
 
     Returns:
@@ -92,34 +107,47 @@ def packed_attention(
     width = query.shape[1] * query.shape[2]
     sizes = list(zip(query_segments.lengths, key_segments.lengths, strict=True))
     if len(set(sizes)) > 1 and query.device.type != "cpu":
-        return padded_attention(query, key, value, query_segments, key_segments, dropout=dropout)
+        return padded_attention(query, key, value, query_segments, key_segments, masks=masks, dropout=dropout)
     runs = [(*size, len(list(same))) for size, same in itertools.groupby(sizes)]
     queries = query.split([asked * samples for asked, _, samples in runs])
     keys, values = (x.split([seen * samples for _, seen, samples in runs]) for x in (key, value))
-    outputs = []
+    outputs, first = [], 0
     for (asked, seen, samples), *parts in zip(runs, queries, keys, values, strict=True):
+        mask = None if masks is None else torch.stack(list(masks[first : first + samples]))[:, None]
+        first += samples
         if asked == 0 or seen == 0:
             outputs.append(query.new_zeros(asked * samples, width))
             continue
         q, k, v = (x.view(samples, -1, *query.shape[1:]).transpose(1, 2) for x in parts)
-        outputs.append(scaled_dot_product(q, k, v, dropout=dropout).transpose(1, 2).reshape(-1, width))
+        outputs.append(scaled_dot_product(q, k, v, mask=mask, dropout=dropout).transpose(1, 2).reshape(-1, width))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else query.new_zeros(0, width)
 
 
 def padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments, *, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_segments: Segments,
+    key_segments: Segments,
+    *,
+    masks: Sequence[Tensor] | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """:func:`packed_attention` in one call over padded samples, the keys that are padding masked."""
     samples = len(query_segments.lengths)
-    padded, masks = [], []
+    padded, real_rows = [], []
     for x, segments in ((query, query_segments), (key, key_segments), (value, key_segments)):
         lengths = torch.tensor(segments.lengths, device=x.device)
         real = torch.arange(max(segments.lengths), device=x.device) < lengths[:, None]
         padded.append(x.new_zeros(samples, real.shape[1], *x.shape[1:]).masked_scatter(real[..., None, None], x).transpose(1, 2))
-        masks.append(real)
-    asked, seen = masks[0], masks[1]
+        real_rows.append(real)
+    asked, seen = real_rows[0], real_rows[1]
     # A sample without keys looks at its padding, which is zeros.
     visible = (seen | ~seen.any(1, keepdim=True))[:, None, None]
+    if masks is not None:
+        visible = (~asked)[:, None, :, None].repeat(1, 1, 1, seen.shape[1])  # a query that is padding may look anywhere
+        for sample, mask in enumerate(masks):
+            visible[sample, 0, : mask.shape[0], : mask.shape[1]] = mask
     return scaled_dot_product(*padded, mask=visible, dropout=dropout).transpose(1, 2)[asked].flatten(1)
 
 
@@ -142,7 +170,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, segments: Segments, *, rows: Tensor | None = None, row_segments: Segments | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        segments: Segments,
+        *,
+        rows: Tensor | None = None,
+        row_segments: Segments | None = None,
+        masks: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Attend within each sample.
 
         Args:
@@ -151,6 +187,7 @@ class Attention(nn.Module):
             rows: Rows of ``x`` whose output is wanted, ``[R]`` ascending int64; None means all. Keys and values always come
                 from all rows.
             row_segments: How many of ``rows`` belong to each sample; needed with ``rows``.
+            masks: Where a query may look, see :func:`packed_attention`; with ``rows``, a row of each mask for each of them.
 
         Returns:
             ``[T, C]``, or ``[R, C]`` with ``rows``.
@@ -159,13 +196,13 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if rows is None or row_segments is None:
             q, k, v = self.qkv(x).view(-1, 3, self.heads, dim // self.heads).unbind(1)
-            return self.proj(packed_attention(q, k, v, segments, segments, dropout=dropout))
+            return self.proj(packed_attention(q, k, v, segments, segments, masks=masks, dropout=dropout))
         bias = self.qkv.bias
         q = F.linear(x[rows], self.qkv.weight[:dim], None if bias is None else bias[:dim])
         kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
         k, v = kv.view(-1, 2, self.heads, dim // self.heads).unbind(1)
         q = q.view(-1, self.heads, dim // self.heads)
-        return self.proj(packed_attention(q, k, v, row_segments, segments, dropout=dropout))
+        return self.proj(packed_attention(q, k, v, row_segments, segments, masks=masks, dropout=dropout))
 
     def weights(self, x: Tensor, segments: Segments) -> list[Tensor]:
         """The softmax weights of each sample's tokens (queries) over its tokens (keys), ``[H, n, n]`` float32, rows summing to 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class Block(nn.Module):
         rows: Tensor | None = None,
         row_segments: Segments | None = None,
         keep: Tensor | tuple[Kept, Kept] | None = None,
+        masks: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Transform packed tokens.
 
@@ -75,13 +77,17 @@ class Block(nn.Module):
             row_segments: How many of ``rows`` each sample has.
             keep: Stochastic depth. A multiplier of the attention and the MLP branch of each sample, ``[B, 2]``: 0 drops a branch. Or the
                 tokens that keep each branch, numbered within ``rows`` where given: the others take no part in projections and MLP.
+            masks: For each sample True where a query may look, bool ``[its rows, its rows]``; None: everywhere. Not with ``rows`` or with
+                tokens in ``keep``.
 
         Returns:
             ``[T, C]``, or ``[R, C]`` with ``rows``.
         """
+        if masks is not None and (rows is not None or isinstance(keep, tuple)):
+            raise ValueError("Block: masks have a row for every token; give them without rows and with drop_path_per='sample'")
         if isinstance(keep, tuple):
             return self._forward_kept(x, segments, rows, *keep)
-        attended = self.attn(self.norm1(x), segments, rows=rows, row_segments=row_segments)
+        attended = self.attn(self.norm1(x), segments, rows=rows, row_segments=row_segments, masks=masks)
         if rows is not None and row_segments is not None:
             x, segments = x[rows], row_segments
         if keep is None:
@@ -113,7 +119,7 @@ class BlockStack(nn.Module):
         norm: "layer" or "batchwide", see :func:`geossl.layers.norm.make_norm`.
         attention_dropout: Share of the attention weights that training drops.
         drop_path: Probability of dropping a residual branch of the last block in training (stochastic depth, Huang et al., 2016); it
-            grows linearly from 0 at the first block, and kept branches are scaled by ``1 / (1 - rate)``.
+            grows linearly from 0 at the first block, and kept branches are scaled by ``1 / (1 - rate)``. Or the rate of every block.
         drop_path_per: What a branch is dropped for: a whole "sample", or each "token" for itself (PoLAr-MAE).
     """
 
@@ -127,13 +133,15 @@ class BlockStack(nn.Module):
         qkv_bias: bool = False,
         norm: str = "layer",
         attention_dropout: float = 0.0,
-        drop_path: float = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
         drop_path_per: Literal["sample", "token"] = "sample",
     ) -> None:
         super().__init__()
         if drop_path_per not in ("sample", "token"):
             raise unknown_name("drop_path_per", drop_path_per, ("sample", "token"))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth).tolist() if isinstance(drop_path, (int, float)) else list(drop_path)
+        if len(rates) != depth:
+            raise ValueError(f"BlockStack: drop_path must be one number or one for each of the {depth} blocks, got {len(rates)}")
         self.drop_path_rates = rates
         self.drop_path_per = drop_path_per
         self.reads_all_rows = norm == "batchwide"
@@ -154,6 +162,7 @@ class BlockStack(nn.Module):
         random: BatchRandom | None = None,
         rows: Tensor | None = None,
         row_segments: Segments | None = None,
+        masks: Sequence[Tensor] | None = None,
         intermediates: list[Tensor] | None = None,
     ) -> Tensor:
         """Run all blocks.
@@ -165,6 +174,7 @@ class BlockStack(nn.Module):
             random: Source of the drop-path draws in training; None draws from torch's global generator.
             rows: Rows read from the last block's output (see :class:`Block`).
             row_segments: How many of ``rows`` each sample has.
+            masks: For each sample True where a query may look, bool ``[its rows, its rows]``; None: everywhere. Not with ``rows``.
             intermediates: When given, the output of every block is appended to it.
 
         Returns:
@@ -177,9 +187,9 @@ class BlockStack(nn.Module):
         for i, block in enumerate(self.blocks):
             only = (rows, row_segments) if i == last else (None, None)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x + position, segments, *only, keeps[i], use_reentrant=False)
+                x = checkpoint(block, x + position, segments, *only, keeps[i], masks, use_reentrant=False)
             else:
-                x = block(x + position, segments, *only, keeps[i])
+                x = block(x + position, segments, *only, keeps[i], masks)
             if intermediates is not None:
                 intermediates.append(x)
         return x if select is None else x[select]

@@ -1,8 +1,19 @@
 """Self-supervised systems: masking, decoder and loss around a backbone, one file each."""
 
+from geossl.methods.point_m2ae import PointM2AE, PointM2AEConfig
 from geossl.methods.point_mae import PointMAE, PointMAEConfig
 from geossl.methods.polar_mae import PolarMAE, PolarMAEConfig
 from geossl.methods.reference import REFERENCES, load_reference
 from geossl.methods.registry import METHODS
 
-__all__ = ["METHODS", "REFERENCES", "PointMAE", "PointMAEConfig", "PolarMAE", "PolarMAEConfig", "load_reference"]
+__all__ = [
+    "METHODS",
+    "REFERENCES",
+    "PointM2AE",
+    "PointM2AEConfig",
+    "PointMAE",
+    "PointMAEConfig",
+    "PolarMAE",
+    "PolarMAEConfig",
+    "load_reference",
+]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from geossl import ops
 from geossl.errors import CheckpointError, ConfigError, unknown_name
 from geossl.geometry import Output, PointBatch
-from geossl.layers import BatchRandom, BlockStack, PositionMLP, Segments, block_mask, random_mask
+from geossl.layers import BatchRandom, BlockStack, PositionMLP, block_mask, random_mask
 from geossl.methods.registry import METHODS
 from geossl.models.point_vit import PointGroups, PointViT, PointViTConfig, convert_reference_encoder
 
@@ -132,9 +132,7 @@ class PointMAE(nn.Module):
     def reconstruct(self, groups: PointGroups, mask: Tensor, random: BatchRandom | None = None) -> Tensor:
         """Predict the points of the hidden groups, ``[M, K, columns]`` relative to their centres, in order of the groups."""
         visible_rows, hidden_rows = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
-        hidden_lengths = [int(part.sum()) for part in mask.split(list(groups.segments.lengths))]
-        hidden = Segments(tuple(hidden_lengths))
-        visible = Segments(tuple(n - h for n, h in zip(groups.segments.lengths, hidden_lengths, strict=True)))
+        hidden, visible = groups.segments.count(mask), groups.segments.count(~mask)
 
         encoded = self.backbone.encode(groups, visible_rows, visible, random=random)
         tokens = self.mask_token.to(encoded.dtype).expand(mask.shape[0], -1).index_copy(0, visible_rows, encoded)

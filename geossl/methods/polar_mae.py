@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from geossl import ops
 from geossl.errors import CheckpointError, ConfigError, unknown_name
 from geossl.geometry import Output, PointBatch, euler_to_matrix, quaternion_to_matrix, rotate_each
-from geossl.layers import BatchRandom, PackedTokenEmbedding, Segments, init_transformer_weights, random_mask
+from geossl.layers import BatchRandom, PackedTokenEmbedding, init_transformer_weights, random_mask
 from geossl.layers.norm import make_norm
 from geossl.methods.registry import METHODS
 from geossl.models.point_vit_volume import (
@@ -163,10 +163,7 @@ class PolarMAE(nn.Module):
     def decode(self, groups: VolumeGroups, mask: Tensor, random: BatchRandom | None = None) -> Tensor:
         """Encode the visible tokens and decode the hidden ones, ``[M, dim]`` normalised, in order of the tokens."""
         visible_rows, hidden_rows = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
-        lengths = list(groups.segments.lengths)
-        hidden_lengths = torch.stack([part.sum() for part in mask.split(lengths)]).tolist()
-        hidden = Segments(tuple(hidden_lengths))
-        visible = Segments(tuple(n - h for n, h in zip(lengths, hidden_lengths, strict=True)))
+        hidden, visible = groups.segments.count(mask), groups.segments.count(~mask)
 
         encoded = self.backbone.encode(groups, visible_rows, visible, random=random)
         tokens = self.mask_token.to(encoded.dtype).expand(mask.shape[0], -1).index_copy(0, visible_rows, encoded)

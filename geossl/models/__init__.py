@@ -1,6 +1,7 @@
 """Backbones: encoders from raw input to tokens or feature pyramids. No masking, no decoder, no loss."""
 
 from geossl.models.factory import BACKBONES, FeatureInfo, create_backbone, list_backbones, load, save_backbone
+from geossl.models.point_m2ae import PointM2AEEncoder, PointM2AEEncoderConfig
 from geossl.models.point_vit import PointViT, PointViTConfig
 from geossl.models.point_vit_volume import VolumeGroups, VolumePointViT, VolumePointViTConfig
 from geossl.models.teachers import Teacher, TeacherConfig, TeacherOutput, list_teachers
@@ -8,6 +9,8 @@ from geossl.models.teachers import Teacher, TeacherConfig, TeacherOutput, list_t
 __all__ = [
     "BACKBONES",
     "FeatureInfo",
+    "PointM2AEEncoder",
+    "PointM2AEEncoderConfig",
     "PointViT",
     "PointViTConfig",
     "Teacher",

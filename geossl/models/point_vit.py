@@ -113,31 +113,11 @@ class PointViT(nn.Module):
         Raises:
             ValueError: a cloud is empty, or the columns do not match ``in_channels``.
         """
-        clouds = points if isinstance(points, PackedPoints) else PackedPoints.from_padded(points)
-        columns = 3 + (clouds.feats.shape[1] if clouds.feats is not None else 0)
-        if columns != self.in_channels:
-            raise ValueError(
-                f"PointViT: points have {columns} columns but the backbone was made for in_channels={self.in_channels}; "
-                "choose the data set's columns or create_backbone(..., in_channels=...) to match"
-            )
+        clouds, config = packed_clouds(points, self.in_channels), self.config
         with torch.autocast(clouds.coord.device.type, enabled=False):
-            picked, _ = ops.farthest_point_sample(
-                clouds.coord, self.config.groups, offsets=clouds.offsets, min_sq_norm=self.config.min_sq_norm
-            )
-            valid = picked >= 0
-            ends = torch.minimum(clouds.lengths, clouds.lengths.new_tensor(self.config.groups))
-            sizes = [int(part.sum()) for part in valid.split(ends.tolist())]
-            if not sizes or min(sizes) == 0:
-                empty = [i for i, n in enumerate(sizes) if n == 0]
-                raise ValueError(f"PointViT: every cloud needs at least one finite point; cloud(s) {empty[:8]} of {len(sizes)} have none")
-            segments = Segments(tuple(sizes))
-            centers = clouds.coord[picked[valid]]
-            index = ops.knn(
-                centers, clouds.coord, self.config.group_size, query_offsets=segments.offsets(centers.device), offsets=clouds.offsets
-            ).index
-            index = torch.where(index < 0, index[:, :1], index)
-            groups = ops.group_relative(clouds.coord, centers, index, clouds.feats)
-        return PointGroups(groups, centers, segments)
+            found = sample_groups(clouds.coord, clouds.offsets, config.groups, config.group_size, config.min_sq_norm)
+            groups = ops.group_relative(clouds.coord, found.centers, found.index, clouds.feats)
+        return PointGroups(groups, found.centers, found.segments)
 
     def encode(
         self,
@@ -210,16 +190,64 @@ class PointViT(nn.Module):
         self.blocks.grad_checkpointing = enabled
 
 
-def resolve_indices(indices: int | list[int] | None, depth: int) -> list[int]:
-    """Turn the ``indices`` argument of ``forward_intermediates`` into block numbers 0..depth-1."""
+class SampledGroups(NamedTuple):
+    """Groups of neighbouring points, as rows of the points they were cut from."""
+
+    centers: Tensor  # [T, 3]
+    index: Tensor  # type: ignore[assignment]  # [T, K] int64, nearest first
+    segments: Segments  # groups of each cloud
+
+
+def packed_clouds(points: PackedPoints | Tensor, in_channels: int) -> PackedPoints:
+    """Pack ``points`` (``[B, N, in_channels]`` where they are not packed yet) and refuse other columns than ``in_channels``."""
+    clouds = points if isinstance(points, PackedPoints) else PackedPoints.from_padded(points)
+    columns = 3 + (clouds.feats.shape[1] if clouds.feats is not None else 0)
+    if columns != in_channels:
+        raise ValueError(
+            f"points have {columns} columns but the backbone was made for in_channels={in_channels}; "
+            "choose the data set's columns or create_backbone(..., in_channels=...) to match"
+        )
+    return clouds
+
+
+def sample_groups(coord: Tensor, offsets: Tensor, groups: int, group_size: int, min_sq_norm: float | None = None) -> SampledGroups:
+    """Cut clouds into groups: farthest-point centres and their ``group_size`` nearest points (the centre included).
+
+    A cloud with fewer points than ``groups`` gives one group per point; one with fewer than ``group_size`` repeats each group's nearest
+    point. Points that are not finite are left out.
+
+    Args:
+        coord: ``[M, 3]``, packed by ``offsets [B + 1]``.
+        offsets: Row at which each cloud begins, and the end.
+        groups: Groups of each cloud.
+        group_size: Points of a group.
+        min_sq_norm: See :func:`geossl.ops.farthest_point_sample`.
+
+    Raises:
+        ValueError: a cloud has no finite point.
+    """
+    picked, _ = ops.farthest_point_sample(coord, groups, offsets=offsets, min_sq_norm=min_sq_norm)
+    valid = picked >= 0
+    sizes = Segments(tuple(offsets.diff().clamp(max=groups).tolist())).count(valid).lengths
+    if not sizes or min(sizes) == 0:
+        empty = [i for i, n in enumerate(sizes) if n == 0]
+        raise ValueError(f"every cloud needs at least one finite point; cloud(s) {empty[:8]} of {len(sizes)} have none")
+    segments = Segments(sizes)
+    centers = coord[picked[valid]]
+    index = ops.knn(centers, coord, group_size, query_offsets=segments.offsets(coord.device), offsets=offsets).index
+    return SampledGroups(centers, torch.where(index < 0, index[:, :1], index), segments)
+
+
+def resolve_indices(indices: int | list[int] | None, depth: int, what: str = "block") -> list[int]:
+    """Turn the ``indices`` argument of ``forward_intermediates`` into numbers 0..depth-1 of its blocks, or of what else it counts."""
     if indices is None:
         return list(range(depth))
     if isinstance(indices, int) and not 1 <= indices <= depth:
-        raise ValueError(f"indices: the last {indices} blocks were asked for, but the backbone has {depth} (give 1..{depth}, or a list)")
+        raise ValueError(f"indices: the last {indices} {what}s were asked for, but the backbone has {depth} (give 1..{depth}, or a list)")
     wanted = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
     for i in wanted:
         if not -depth <= i < depth:
-            raise ValueError(f"indices: block {i} does not exist; the backbone has {depth} blocks (0..{depth - 1}, or -1 for the last)")
+            raise ValueError(f"indices: {what} {i} does not exist; the backbone has {depth} {what}s (0..{depth - 1}, or -1 for the last)")
     return [i % depth for i in wanted]
 
 

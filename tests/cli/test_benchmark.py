@@ -86,6 +86,14 @@ def check(rows: list[dict], suite: str) -> None:
             assert (row["peer"], row["peer_cpu_s"], row["peer_ratio"]) == (best["name"], best["cpu_s"], best["ratio"])
 
 
+def test_steps_of_scales(tmp_path):
+    rows = run(tmp_path, "steps", "--quick", "--method", "point_m2ae")
+    check(rows, "steps")
+    by_name = {row["name"]: row for row in rows}
+    for dtype in ("float32", "bfloat16"):
+        assert [peer["name"] for peer in by_name[f"point_m2ae/released/step/{dtype}"]["peers"]] == ["plain torch"]
+
+
 def test_steps(tmp_path, capsys):
     rows = run(tmp_path, "steps", "--quick", "--method", "point_mae")
     check(rows, "steps")

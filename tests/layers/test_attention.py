@@ -172,3 +172,41 @@ def test_unknown_kinds_are_refused_by_name():
         Block(8, 2, norm="batch")
     with pytest.raises(UnknownNameError, match="drop_path_per"):
         BlockStack(8, 1, 2, drop_path_per="event")
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 2, 7), (1, 40, 40)])
+def test_masks_keep_tokens_apart_in_every_form(sizes):
+    torch.manual_seed(0)
+    segments, total = Segments(sizes), sum(sizes)
+    q, k, v = torch.randn(3, total, 2, 4, dtype=torch.float64).unbind(0)
+    masks = [(torch.rand(n, n) < 0.5) | torch.eye(n, dtype=torch.bool) for n in sizes]
+    expected = []
+    for mask, *parts in zip(masks, *(x.split(list(sizes)) for x in (q, k, v)), strict=True):
+        one, other, value = (x.transpose(0, 1) for x in parts)
+        weights = (one @ other.transpose(1, 2) / 2).masked_fill(~mask, -torch.inf).softmax(-1)
+        expected.append((weights @ value).transpose(0, 1).flatten(1))
+    for form in (packed_attention, padded_attention):
+        torch.testing.assert_close(form(q, k, v, segments, segments, masks=masks), torch.cat(expected))
+        everywhere = [torch.ones_like(mask) for mask in masks]
+        torch.testing.assert_close(form(q, k, v, segments, segments, masks=everywhere), form(q, k, v, segments, segments))
+
+
+def test_masks_of_a_stack_are_one_for_each_block_and_not_with_rows():
+    torch.manual_seed(0)
+    stack, segments, x = BlockStack(8, 2, 2), Segments((3, 2)), torch.randn(5, 8)
+    alone = [torch.eye(n, dtype=torch.bool) for n in segments.lengths]
+    each = stack(x, torch.zeros_like(x), Segments((1,) * 5))
+    torch.testing.assert_close(stack(x, torch.zeros_like(x), segments, masks=alone), each)
+    with pytest.raises(ValueError, match="masks have a row for every token; give them without rows"):
+        stack(x, torch.zeros_like(x), segments, masks=alone, rows=torch.tensor([0, 3]), row_segments=Segments((1, 1)))
+
+
+def test_drop_path_takes_a_rate_for_every_block():
+    assert BlockStack(8, 2, 2, drop_path=[0.1, 0.3]).drop_path_rates == [0.1, 0.3]
+    with pytest.raises(ValueError, match="drop_path must be one number or one for each of the 2 blocks, got 3"):
+        BlockStack(8, 2, 2, drop_path=[0.1, 0.2, 0.3])
+
+
+def test_segments_count_the_chosen_rows_of_each_sample():
+    assert Segments((2, 0, 3)).count(torch.tensor([True, False, True, True, False])) == Segments((1, 0, 2))
+    assert Segments(()).count(torch.zeros(0, dtype=torch.bool)) == Segments(())

@@ -17,13 +17,22 @@ from geossl.tasks import TASKS
 SMALL = {"dim": 24, "depth": 3, "heads": 2, "groups": 6, "group_size": 4}
 
 
+SCALES = {
+    "dims": (8, 16, 24),
+    "depths": (1, 2, 1),
+    "heads": 2,
+    "groups": (20, 12, 6),
+    "group_sizes": (8, 4, 4),
+    "embed_widths": (8, 16, 16),
+}
 VOLUME = {"dim": 24, "depth": 3, "heads": 2, "radius": 0.6, "slots": 8, "center": 0.0, "scale": 0.3}
 
 
 @pytest.fixture(params=geossl.list_backbones("point_*"))
 def backbone(request):
     torch.manual_seed(0)
-    return geossl.create_backbone(request.param, **(VOLUME if "volume" in request.param else SMALL))
+    kind = request.param.removeprefix("point_").rsplit("_", 1)[0]
+    return geossl.create_backbone(request.param, **{"vit": SMALL, "vit_volume": VOLUME, "m2ae": SCALES}[kind])
 
 
 @pytest.fixture
@@ -40,7 +49,8 @@ def test_features_have_the_promised_shape_and_gradients_reach_every_parameter(ba
     assert tokens.centers.shape == (count, 3)
     if "volume" not in backbone.config.name:  # there, events take as many tokens as they need
         assert tokens.offsets.tolist() == [0, 6, 12]
-    (tokens.feats * torch.randn_like(tokens.feats)).sum().backward()
+    outputs = backbone.forward_pyramid(points) if hasattr(backbone, "forward_pyramid") else [tokens]
+    sum((output.feats * torch.randn_like(output.feats)).sum() for output in outputs).backward()
     assert all(p.grad is not None for p in backbone.parameters())
 
 
@@ -52,13 +62,14 @@ def test_intermediates_agree_with_the_forward_pass_and_feature_info(backbone, po
     torch.testing.assert_close(features[-1], tokens.feats)
     torch.testing.assert_close(tokens.feats, backbone(points).feats)
     _, chosen = backbone.forward_intermediates(points, [0, -1], norm=False)
-    torch.testing.assert_close(backbone.norm(chosen[1]), features[-1])
+    norm = backbone.norms[-1] if hasattr(backbone, "norms") else backbone.norm
+    torch.testing.assert_close(norm(chosen[1]), features[-1])
     _, last = backbone.forward_intermediates(points, 2)
     assert len(last) == 2
     torch.testing.assert_close(last[0], features[1])
-    with pytest.raises(ValueError, match="block 3 does not exist; the backbone has 3 blocks"):
+    with pytest.raises(ValueError, match=r"(block|scale) 3 does not exist; the backbone has 3 \1s"):
         backbone.forward_intermediates(points, [3])
-    with pytest.raises(ValueError, match="the last 4 blocks were asked for, but the backbone has 3"):
+    with pytest.raises(ValueError, match=r"the last 4 (block|scale)s were asked for, but the backbone has 3"):
         backbone.forward_intermediates(points, 4)
 
 
@@ -86,11 +97,14 @@ def test_saving_and_loading_gives_the_same_features(backbone, points, tmp_path):
         ("point_vit_tiny", SMALL, replace(TASKS.config("classification"), classes=3).build),
         ("point_vit_volume_tiny", VOLUME | {"final_norm": True}, lambda backbone: backbone),
         ("point_vit_volume_tiny", VOLUME, METHODS.config("polar_mae").build),
+        ("point_m2ae_tiny", SCALES, lambda backbone: backbone),
+        ("point_m2ae_tiny", SCALES | {"dims": (8, 12, 24)}, METHODS.config("point_m2ae").build),
     ],
 )
 def test_every_parameter_belongs_to_exactly_one_layer_group(name, options, wrap):
     """Also with more than ten blocks, where one number is the beginning of another."""
-    module = wrap(geossl.create_backbone(name, **options | {"depth": 12, "heads": 6}))
+    deep = {"depths": (12, 12, 12), "heads": 2} if "m2ae" in name else {"depth": 12, "heads": 6}
+    module = wrap(geossl.create_backbone(name, **options | deep))
     prefixes = [prefix for group in module.layer_groups() for prefix in group]
     for name, _ in module.named_parameters():
         assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
