@@ -73,7 +73,7 @@ def test_the_quickstart_file_is_the_default() -> None:
     assert load_config(PretrainConfig, None, ["--data.name", "objects"]).data == DATASETS.config("objects")  # chosen: its own defaults
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*mae/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*ae/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_configurations_are_valid_and_come_back(path: Path) -> None:
     config = load_config(PretrainConfig, path)
     assert config.method.name == path.parent.name

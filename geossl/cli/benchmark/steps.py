@@ -64,7 +64,9 @@ STEPS = {
             {"dims": (8, 16, 24), "depths": (1, 1, 1), "heads": 2, "groups": (96, 48, 24), "embed_widths": (16, 32, 64)},
             {"decoder_heads": 2},
         ),
-        half=(0.1, 0.9),  # rounding decides near-ties of maxima of maxima: at fresh weights, either form has 0.95 to 0.96 with float32
+        # Rounding decides near-ties of maxima of maxima: at fresh weights either form has a cosine of 0.95 to 0.96 with float32, and the
+        # two of 0.95 with each other (0.89 at tiny sizes). Whether they agree, the float32 rows say.
+        half=(0.1, 0.8),
     ),
 }
 
