@@ -14,7 +14,11 @@ import torch
 
 from geossl import ops
 from geossl.errors import ExtensionError
-from geossl.ops import _dispatch, _native
+from geossl.ops import (
+    _dispatch,
+    _native,
+    linear_max,  # noqa: F401 - registers an operator that geossl.ops does not export
+)
 
 ROOT = Path(__file__).parents[2]
 INF = float("inf")
