@@ -71,24 +71,25 @@ def save_event_pictures(path: Path, module: Any, dataset: Any, rows: np.ndarray,
     arrays: dict[str, Any] = {"names": np.array(names), "classes": np.array(dataset.classes)}
     with frozen(module):
         backbone = module.backbone
-        groups = backbone.group(batch.points)
-        # One event at a time: with norms over the whole batch, nothing may depend on which events stand beside it.
-        single = [backbone.group(event) for event in _one_by_one(batch.points)]
-        feats = torch.cat([backbone.encode(event) for event in single])
-        attention = [backbone.attention_maps(event, -1)[0] for event in single]
-        predicted = module.predict(batch.points) if hasattr(module, "predict") else None
+        # One event at a time: with norms over the whole batch, features must not depend on which events stand beside it.
+        events = list(_one_by_one(batch.points))
+        single = [backbone.group(event) for event in events]
+        feats = torch.cat([backbone.encode(groups) for groups in single])
+        attention = [backbone.attention_maps(groups, -1)[0] for groups in single]
+        predicted = torch.cat([module.predict(event) for event in events]) if hasattr(module, "predict") else None
         pictures = module.pictures(batch, generator=torch.Generator().manual_seed(seed)) if hasattr(module, "pictures") else None
-    centers = backbone.denormalize(groups.centers)
-    offsets = groups.segments.offsets(centers.device)
+    normalized = torch.cat([groups.centers for groups in single])
+    centers, tokens = backbone.denormalize(normalized), [len(groups.centers) for groups in single]
+    offsets = ops.offsets_from_lengths(torch.tensor(tokens, device=centers.device))
     near = ops.knn(batch.points.coord, centers, 1, query_offsets=batch.points.offsets, offsets=offsets).index[:, 0]
     near = near - offsets[:-1].repeat_interleave(batch.points.lengths)
-    points, tokens = batch.points.lengths.tolist(), list(groups.segments.lengths)
+    points = batch.points.lengths.tolist()
     energy = torch.zeros_like(batch.points.coord[:, 0]) if batch.points.feats is None else batch.points.feats[:, 0]
     per_point = {"coord": batch.points.coord, "energy": energy, "token": near, "label": batch.point_label, "predicted": predicted}
     per_token = {
         "center": centers,
         "colors": torch.from_numpy(principal_colors(feats)),
-        "colors_residual": torch.from_numpy(principal_colors(position_residual(feats, groups.centers))),
+        "colors_residual": torch.from_numpy(principal_colors(position_residual(feats, normalized))),
     }
     for values, lengths in ((per_point, points), (per_token, tokens)):
         for key, value in values.items():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geossl import ops
 from geossl.data import build_loader
 from geossl.errors import DataError
 from geossl.evaluation.baselines import random_twin
@@ -36,7 +37,7 @@ def token_instances(index: Tensor, row_splits: Tensor, instance: Tensor) -> Tens
         ``[T]`` int64; of equally frequent ones the lowest; -1 where most points belong to none.
     """
     tokens = row_splits.shape[0] - 1
-    of = torch.repeat_interleave(torch.arange(tokens, device=index.device), row_splits.diff())
+    of = ops.batch_from_offsets(row_splits, index.shape[0])
     found = instance[index] + 1
     size = int(found.max()) + 1 if len(found) else 1
     counts = torch.bincount(of * size + found, minlength=tokens * size).view(tokens, size)

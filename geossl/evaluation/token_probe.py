@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geossl import ops
 from geossl.config import require
 from geossl.data import build_loader
 from geossl.errors import DataError
@@ -107,25 +108,19 @@ def describe_groups(points: Tensor, row_splits: Tensor) -> Tensor:
         ``[T, 16]`` float32: number of points / 32; mean, deviation, least and most energy; mean position (3), standard deviations along
         the principal axes (3, ascending), moments of energy with position (3), mean and largest distance from the centre.
     """
-    groups = row_splits.shape[0] - 1
-    of = torch.repeat_interleave(torch.arange(groups, device=points.device), row_splits.diff())
-    count = row_splits.diff().clamp(min=1)[:, None].float()
+    of = ops.batch_from_offsets(row_splits, points.shape[0])
 
-    def mean(values: Tensor) -> Tensor:
-        return values.new_zeros(groups, values.shape[1]).index_add_(0, of, values) / count
-
-    def extreme(values: Tensor, kind: str) -> Tensor:
-        target = of[:, None].expand_as(values)
-        return values.new_zeros(groups, values.shape[1]).scatter_reduce_(0, target, values, kind, include_self=False)
+    def reduced(values: Tensor, kind: Literal["mean", "min", "max"] = "mean") -> Tensor:
+        return ops.segment_reduce(values, row_splits, kind)
 
     place, energy = points[:, :3].float(), points[:, 3:4].float()
-    center, level = mean(place), mean(energy)
+    center, level = reduced(place), reduced(energy)
     away, excess = place - center[of], energy - level[of]
-    covariance = mean((away[:, :, None] * away[:, None, :]).flatten(1)).view(-1, 3, 3)
+    covariance = reduced((away[:, :, None] * away[:, None, :]).flatten(1)).view(-1, 3, 3)
     spread = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
     distance = place.norm(dim=1, keepdim=True)
-    parts = [row_splits.diff()[:, None] / 32, level, mean(excess.square()).sqrt(), extreme(energy, "amin"), extreme(energy, "amax")]
-    parts += [center, spread, mean(away * excess), mean(distance), extreme(distance, "amax")]
+    parts = [row_splits.diff()[:, None] / 32, level, reduced(excess.square()).sqrt(), reduced(energy, "min"), reduced(energy, "max")]
+    parts += [center, spread, reduced(away * excess), reduced(distance), reduced(distance, "max")]
     return torch.cat(parts, 1)
 
 
@@ -141,7 +136,7 @@ def classes_present(index: Tensor, row_splits: Tensor, label: Tensor, classes: i
     Returns:
         ``[T, K]`` bool.
     """
-    of = torch.repeat_interleave(torch.arange(row_splits.shape[0] - 1, device=index.device), row_splits.diff())
+    of = ops.batch_from_offsets(row_splits, index.shape[0])
     found = label[index]
     present = torch.zeros(row_splits.shape[0] - 1, classes, dtype=torch.bool, device=index.device)
     present[of[found >= 0], found[found >= 0]] = True

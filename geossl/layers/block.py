@@ -222,8 +222,7 @@ class BlockStack(nn.Module):
 
 
 def _kept(keep: Tensor, segments: Segments, scale: float, device: torch.device) -> Kept:
-    lengths = tuple(int(part.sum()) for part in keep.split(list(segments.lengths)))
-    return Kept(keep.nonzero()[:, 0].to(device, non_blocking=True), Segments(lengths), scale)
+    return Kept(keep.nonzero()[:, 0].to(device, non_blocking=True), segments.count(keep), scale)
 
 
 def init_transformer_weights(module: nn.Module) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geossl.layers.norm import Folded, Moments, fold_batchnorm, fold_batchnorm_backward, fold_running, row_moments, sum_over_ranks
-from geossl.ops import offsets_from_lengths
+from geossl.ops import batch_from_offsets, offsets_from_lengths
 from geossl.ops.linear_max import linear_max_backward
 from geossl.ops.segments import reduce_rows
 
@@ -66,8 +66,7 @@ class Groups:
             self.chunks.append(Chunk(slice(group, group_end), slice(row, row_end), row_splits[group : group_end + 1] - row))
             group, row = group_end, row_end
         self.rows = row
-        groups = torch.arange(group, device=row_splits.device)
-        self.member = torch.repeat_interleave(groups, self.count, output_size=row)  # group of each row
+        self.member = batch_from_offsets(row_splits, row)  # group of each row
 
     @classmethod
     def of_size(cls, count: int, size: int, device: torch.device) -> Groups:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geossl.layers.fast_token_embedding import Extras, Groups, embed_evaluation, embed_training
-from geossl.layers.norm import BatchNorm
-from geossl.ops import segment_reduce
+from geossl.layers.norm import BatchNorm, world_size
+from geossl.ops import batch_from_offsets, segment_reduce
 
 
 class PackedTokenEmbedding(nn.Module):
@@ -72,7 +72,7 @@ class PackedTokenEmbedding(nn.Module):
 
         Args:
             points: Points of all groups in turn, ``[S, in_channels]``, positions relative to the group's centre, in the order of slots.
-                When several processes train together, each needs points.
+                When several processes train together, each needs points: one without is refused.
             row_splits: Group g is the rows ``row_splits[g]:row_splits[g + 1]``, ``[G + 1]`` int64. At most ``slots`` rows.
             keep: Numbers of the groups whose token is wanted, ``[T]`` int64, none twice; None means all. The others only enter the batch
                 statistics in training, and cost nothing in evaluation.
@@ -87,6 +87,11 @@ class PackedTokenEmbedding(nn.Module):
         count = row_splits.diff()
         kept = count if keep is None else count[keep]
         if points.shape[0] == 0:
+            if self.training and world_size() > 1:  # the others wait for its part of the batch statistics
+                raise ValueError(
+                    "PackedTokenEmbedding: this process has no points, but batch statistics are summed over all processes; "
+                    "train on larger events (min_points) or with more of them in a batch"
+                )
             return points.new_zeros(kept.shape[0], self.conv4.out_features)
         if smallest == 0:
             return self._skip_empty_groups(points, row_splits, keep)
@@ -105,7 +110,7 @@ class PackedTokenEmbedding(nn.Module):
         if points.shape[0] == 0:
             return points.new_zeros(count.shape[0], self.conv4.out_features)
         with torch.autocast(points.device.type, enabled=False):
-            group = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count)
+            group = batch_from_offsets(row_splits, points.shape[0])
             local = self.conv2(F.relu(self.norm1(self.conv1(points))))
             code = self._slot_codes()
             if code is not None:

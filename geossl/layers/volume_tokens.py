@@ -118,7 +118,7 @@ TOKENIZERS = {
 def _highest(index: Tensor, row_splits: Tensor, energy: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """The ``slots`` members of each token with most energy, descending; equal ones in order."""
     count = row_splits.diff()
-    token = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count)
+    token = ops.batch_from_offsets(row_splits, index.shape[0])
     order = energy.argsort(descending=True, stable=True)
     order = order[token[order].argsort(stable=True)]
     rank = torch.arange(index.shape[0], device=index.device) - row_splits[token]
@@ -133,6 +133,6 @@ def _cover(tokens: VolumeTokens, coord: Tensor, offsets: Tensor) -> VolumeTokens
     before = torch.cat([offsets.new_zeros(1), missing.cumsum(0)])
     nearest = ops.knn(coord[rows], coord[tokens.centers], 1, query_offsets=before[offsets], offsets=tokens.offsets).index[:, 0]
     count = tokens.row_splits.diff()
-    owner = torch.cat([torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count), nearest])
+    owner = torch.cat([ops.batch_from_offsets(tokens.row_splits, tokens.index.shape[0]), nearest])
     index = torch.cat([tokens.index, rows])[owner.argsort(stable=True)]
     return tokens._replace(index=index, row_splits=ops.offsets_from_lengths(count + torch.bincount(nearest, minlength=count.shape[0])))

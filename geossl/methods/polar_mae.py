@@ -252,7 +252,7 @@ class HiddenPoints:
         count = groups.row_splits.diff()[mask]
         self.points = groups.points[mask[groups.token_of_row()]]
         self.row_splits = ops.offsets_from_lengths(count)
-        token = torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count, output_size=self.points.shape[0])
+        token = ops.batch_from_offsets(self.row_splits, self.points.shape[0])
         slot = torch.arange(self.points.shape[0], device=count.device) - self.row_splits[token]
         self.paired = (slot < slots).nonzero()[:, 0]
         self.paired_splits = ops.offsets_from_lengths(count.clamp(max=slots))

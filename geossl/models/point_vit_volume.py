@@ -34,7 +34,7 @@ from geossl.layers import (
 )
 from geossl.layers.norm import make_norm
 from geossl.models.factory import BACKBONES, FeatureInfo
-from geossl.models.point_vit import resolve_indices
+from geossl.models.point_vit import packed_clouds, resolve_indices
 
 DETECTOR_CENTER = 384.0
 DETECTOR_SCALE = 2 / (768 * math.sqrt(3))  # brings the 768 voxel cube into the unit ball
@@ -148,8 +148,7 @@ class VolumeGroups(NamedTuple):
 
     def token_of_row(self) -> Tensor:
         """Which token each member belongs to, ``[S]`` int64."""
-        count = self.row_splits.diff()
-        return torch.repeat_interleave(torch.arange(count.shape[0], device=count.device), count, output_size=self.points.shape[0])
+        return ops.batch_from_offsets(self.row_splits, self.points.shape[0])
 
 
 class VolumePointViT(nn.Module):
@@ -206,13 +205,7 @@ class VolumePointViT(nn.Module):
         Raises:
             ValueError: an event has no finite point, or the columns do not match ``in_channels``.
         """
-        events = points if isinstance(points, PackedPoints) else PackedPoints.from_padded(points)
-        columns = 3 + (events.feats.shape[1] if events.feats is not None else 0)
-        if columns != self.in_channels:
-            raise ValueError(
-                f"VolumePointViT: points have {columns} columns but the backbone was made for in_channels={self.in_channels}; "
-                "choose the data set's columns or create_backbone(..., in_channels=...) to match"
-            )
+        events = packed_clouds(points, self.in_channels)
         config, tokenizer = self.config, self.tokenizer
         coord = events.coord
         if events.feats is not None:  # points without coordinates are left out

@@ -6,7 +6,7 @@ loaded.
 """
 
 from geossl.ops._native import native_info
-from geossl.ops.batching import offsets_from_batch, offsets_from_ends, offsets_from_lengths
+from geossl.ops.batching import batch_from_offsets, offsets_from_batch, offsets_from_ends, offsets_from_lengths
 from geossl.ops.chamfer import chamfer_distance, chamfer_distance_packed, chamfer_distance_patches
 from geossl.ops.fps import farthest_point_sample
 from geossl.ops.gaussians import rasterize_gaussians
@@ -27,6 +27,7 @@ __all__ = [
     "RadiusNeighbors",
     "VoxelMap",
     "ball_query",
+    "batch_from_offsets",
     "centrality_nms",
     "chamfer_distance",
     "chamfer_distance_packed",

@@ -44,6 +44,20 @@ def offsets_from_batch(batch: Tensor, size: int | None = None) -> Tensor:
     return torch.searchsorted(batch, torch.arange(size + 1, device=batch.device, dtype=batch.dtype))
 
 
+def batch_from_offsets(offsets: Tensor, rows: int | None = None) -> Tensor:
+    """Turn offsets (or any row splits) into the number of the cloud that every row belongs to: what :func:`offsets_from_batch` inverts.
+
+    Args:
+        offsets: ``[B + 1]`` int64.
+        rows: Number of rows, ``offsets[-1]``, where it is known: a GPU is then not waited for.
+
+    Returns:
+        ``[M]`` int64, ascending.
+    """
+    clouds = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    return torch.repeat_interleave(clouds, offsets.diff(), output_size=rows)
+
+
 def offsets_from_ends(ends: Tensor) -> Tensor:
     """Turn the end row of each cloud ``[B]``, as Pointcept keeps it in ``offset``, into ``offsets [B + 1]`` int64."""
     if not isinstance(ends, Tensor) or ends.dim() != 1 or ends.dtype not in (torch.int64, torch.int32):

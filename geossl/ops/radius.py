@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geossl.ops import _checks, _dispatch
 from geossl.ops._native import DOUBLE, INT, INT64, PTR
+from geossl.ops.batching import batch_from_offsets
 from geossl.ops.grouping import group
 from geossl.ops.neighbors import _batching, _check_clouds, _clouds, _distance, _needs_grad
 from geossl.ops.reference import neighbors as reference
@@ -79,8 +80,7 @@ _radius_search = _dispatch.define(
 
 def _differentiable(query: Tensor, points: Tensor, row_splits: Tensor, index: Tensor, packed: bool) -> Tensor:
     """Compute the distances once more, by operators that have a gradient."""
-    rows = torch.arange(row_splits.shape[0] - 1, device=query.device)
-    row = torch.repeat_interleave(rows, row_splits.diff(), output_size=index.shape[0])
+    row = batch_from_offsets(row_splits, index.shape[0])
     if not packed:
         index = index + row // max(query.shape[1], 1) * points.shape[1]
         query, points = query.flatten(0, 1), points.flatten(0, 1)

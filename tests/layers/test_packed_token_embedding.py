@@ -255,3 +255,13 @@ def test_bad_options_are_explained():
         PackedTokenEmbedding(6, 3, slots=0, empty_slots=True)
     with pytest.raises(ValueError, match=r"even widths\[1\]"):
         PackedTokenEmbedding(6, 3, widths=(8, 9, 8), empty_slots=True, slot_embedding=True)
+
+
+def test_a_process_without_points_is_refused(monkeypatch):
+    layer = PackedTokenEmbedding(8, 4, widths=(4, 8, 8), empty_slots=False).train()
+    nothing = torch.zeros(0, 4), torch.zeros(1, dtype=torch.int64)
+    assert layer(*nothing).shape == (0, 8)
+    monkeypatch.setattr("geossl.layers.packed_token_embedding.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="this process has no points"):
+        layer(*nothing)
+    assert layer.eval()(*nothing).shape == (0, 8)

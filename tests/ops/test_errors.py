@@ -155,6 +155,7 @@ def test_integer_like_counts_are_accepted():
 
 
 def test_offsets():
+    assert ops.batch_from_offsets(torch.tensor([0, 2, 2, 3, 3])).tolist() == [0, 0, 2]
     assert ops.offsets_from_batch(torch.tensor([0, 0, 2]), size=4).tolist() == [0, 2, 2, 3, 3]
     assert ops.offsets_from_batch(torch.zeros(0, dtype=torch.int64)).tolist() == [0]
     assert ops.offsets_from_ends(torch.tensor([2, 2, 5])).tolist() == [0, 2, 2, 5]
