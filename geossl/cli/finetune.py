@@ -151,7 +151,7 @@ def with_classes(task: Any, dataset: Any) -> Any:
     if isinstance(task, SegmentationConfig) and not task.class_weights:
         task = dataclasses.replace(task, class_weights=class_weights_of(count_points(dataset)))
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(dataset.classes, task.class_weights, strict=True))
-        log.info("task.class_weights, counted on the training events: %s", weights)
+        log.info("task.class_weights, counted on up to 1,000 training events: %s", weights)
     return task
 
 

@@ -97,24 +97,21 @@ class PILArNetFile:
 
     def _find_version(self) -> int:
         """Tell the version by which number of columns makes sense; a row of 30 numbers alone could be of either."""
-        possible, wrong = set(CLUSTER_COLUMNS), ""
-        looked_at = min(self._count, _LOOKED_AT)
-        unfit = 0
-        for row in range(looked_at):
+        possible, wrong, any_fits = set(CLUSTER_COLUMNS), "", False
+        for row in range(min(self._count, _LOOKED_AT)):
             points, flat = len(self._rows("point", row)) // POINT_COLUMNS, self._rows("cluster", row)
             fitting = {v for v in possible if len(flat) % CLUSTER_COLUMNS[v] == 0 and flat[:: CLUSTER_COLUMNS[v]].sum() == points}
-            if not fitting:  # said again when that event is read, unless all are like it
-                unfit += 1
+            if fitting:
+                possible, any_fits = fitting, True
+            else:  # one such event is refused when it is read; the file, if all are like it
                 wrong = wrong or (
                     f"{self.path}: event {row} fits neither version of PILArNet-M: {len(flat)} numbers in cluster, expected 5 (version 1) "
                     f"or 6 (version 2) for each, whose first sum to the {points} points"
                 )
-                continue
-            possible &= fitting
             if len(possible) == 1:
                 break
-        if (looked_at and unfit == looked_at) or not possible:
-            raise DataError(wrong or f"{self.path}: some events are of version 1 and others of version 2")
+        if wrong and not any_fits:
+            raise DataError(wrong)
         return min(possible)
 
     def read(self, row: int) -> Event:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geossl import ops
 from geossl.cli.benchmark.measure import Case, nbytes
 from geossl.cli.benchmark.plain_polar_mae import polar_mae_loss, volume_features
 from geossl.cli.benchmark.steps import DTYPES, Step, features_case, optimizer_case, points_bytes, step_case, step_run
@@ -170,7 +171,7 @@ def _grouping_case(quick: bool, whole: bool) -> Case:
 
 def _gather(tokenizer: VolumeTokenizer, coord: Tensor, points: PackedPoints, centers: Tensor, offsets: Tensor) -> Tensor:
     tokens = tokenizer.members(coord, points.offsets, centers, offsets, None)
-    owner = torch.repeat_interleave(torch.arange(len(centers)), tokens.row_splits.diff())
+    owner = ops.batch_from_offsets(tokens.row_splits, len(tokens.index))
     return (coord[tokens.index] - coord[centers][owner]) / tokenizer.radius
 
 
