@@ -90,6 +90,7 @@ GEOSSL_INLINE int64_t choose_touched(const Buckets<T>& b, T px, T py, T pz) {
   const T pick[3] = {px, py, pz};
   for (int64_t i = 0; i < b.count; ++i) {
     T gap[3];
+    GEOSSL_UNROLL(3)
     for (int a = 0; a < 3; ++a) {
       const T below = b.low[a][i] - pick[a], above = pick[a] - b.high[a][i];
       const T outside = below > above ? below : above;
@@ -199,6 +200,7 @@ int64_t sample_in_buckets(const Soa<T>& p, const int32_t* id, int64_t n, const T
   }
   first[count] = slot;
   b.id = row, b.begin = first, b.slots = slot;
+  GEOSSL_UNROLL(3)
   for (int a = 0; a < 3; ++a) b.low[a] = boxes.low[a].data(), b.high[a] = boxes.high[a].data();
   return sample_buckets(b, start[0], start[1], start[2], k, picks);
 }

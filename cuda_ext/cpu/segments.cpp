@@ -89,13 +89,14 @@ GEOSSL_INLINE void sum(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t
     for (int64_t c = 0; c < r.channels && count[s] > 1; ++c) out[s * r.channels + c] /= static_cast<T>(count[s]);
 }
 
-// A value replaces the best before it if it is better, or if it is the first NaN.
-template <bool largest, class T>
-GEOSSL_INLINE bool better(T value, T best) {
-  return (largest ? value > best : value < best) | ((value != value) & (best == best));
+// A value replaces the best before it if it is better, or if it is the first NaN. `sign` is 1 for the largest, -1 for the smallest: one
+// function serves both, which takes half the time to compile and none to run, as memory is what rows wait for.
+template <class T>
+GEOSSL_INLINE bool better(T value, T best, T sign) {
+  return (sign * value > sign * best) | ((value != value) & (best == best));
 }
 
-template <bool largest, class T, class A>
+template <class T, class A>
 struct KeepBest {
   static constexpr int kWidth = 0;
   const T* x;
@@ -103,6 +104,7 @@ struct KeepBest {
   A* arg;  // null: not wanted
   uint8_t* seen;
   int64_t channels;
+  T sign;
   GEOSSL_INLINE void operator()(int64_t e, int64_t s) const {
     const T* GEOSSL_RESTRICT from = x + e * channels;
     T* GEOSSL_RESTRICT to = out + s * channels;
@@ -114,42 +116,38 @@ struct KeepBest {
       for (int64_t c = 0; where && c < channels; ++c) where[c] = row;
     } else if (where) {
       for (int64_t c = 0; c < channels; ++c) {
-        const bool take = better<largest>(from[c], to[c]);
+        const bool take = better(from[c], to[c], sign);
         to[c] = take ? from[c] : to[c];
         where[c] = take ? row : where[c];
       }
     } else {
-      for (int64_t c = 0; c < channels; ++c) to[c] = better<largest>(from[c], to[c]) ? from[c] : to[c];
+      for (int64_t c = 0; c < channels; ++c) to[c] = better(from[c], to[c], sign) ? from[c] : to[c];
     }
   }
 };
 
 // Leaves the rows of empty segments alone. A is the type of `arg`, as wide as T so that both are compared in one go.
-template <bool largest, class T, class A>
-GEOSSL_INLINE void extreme(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {
+template <class T, class A>
+GEOSSL_INLINE void extreme(const Rows<T>& r, int64_t s0, int64_t s1, T sign, T* out, A* arg, uint8_t* seen) {
   std::fill(seen + s0, seen + s1, uint8_t{0});
-  r.each(s0, s1, out, KeepBest<largest, T, A>{r.x, out, arg, seen, r.channels});
+  r.each(s0, s1, out, KeepBest<T, A>{r.x, out, arg, seen, r.channels, sign});
 }
 
 template <class T>
 struct AddExponential {
   static constexpr int kWidth = 0;
   const T *x, *shift;
-  T *total, *out;  // out: null for sums alone
-  int64_t channels;
+  T *total, *out;
+  int64_t channels, stride;  // stride: from row to row of `out`
   GEOSSL_INLINE void operator()(int64_t e, int64_t s) const {
     const T* GEOSSL_RESTRICT from = x + e * channels;
     const T* GEOSSL_RESTRICT less = shift + s * channels;
     T* GEOSSL_RESTRICT sum = total + s * channels;
-    if (out) {
-      T* GEOSSL_RESTRICT to = out + e * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        const T value = exponential(from[c] - less[c]);
-        to[c] = value;
-        sum[c] += value;
-      }
-    } else {
-      for (int64_t c = 0; c < channels; ++c) sum[c] += exponential(from[c] - less[c]);
+    T* GEOSSL_RESTRICT to = out + e * stride;
+    for (int64_t c = 0; c < channels; ++c) {
+      const T value = exponential(from[c] - less[c]);
+      to[c] = value;
+      sum[c] += value;
     }
   }
 };
@@ -167,19 +165,19 @@ struct DivideRow {
   }
 };
 
-// `largest` [size, channels] holds the maxima of segments with rows (`seen`); `total` [size, channels] is scratch or, where `out` [rows, channels]
-// is null, the result.
+// `largest` [size, channels] holds the maxima of segments with rows (`seen`). With `normalize`, `out` [rows, channels] becomes the softmax and
+// `total` [size, channels] is scratch; without, `total` becomes the logarithm of the sums and `out` is a row of scratch.
 template <class T>
-GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, const uint8_t* seen, T* out) {
+GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, const uint8_t* seen, T* out, bool normalize) {
   const int64_t begin = s0 * r.channels, end = s1 * r.channels;
   std::fill(total + begin, total + end, T(0));
-  if (!out) {  // as torch.logsumexp does: an infinite maximum is not subtracted
+  if (!normalize) {  // as torch.logsumexp does: an infinite maximum is not subtracted
     for (int64_t s = s0; s < s1; ++s)
       for (int64_t i = s * r.channels; i < (s + 1) * r.channels; ++i)
         if (!seen[s] || std::isinf(largest[i])) largest[i] = T(0);
   }
-  r.each(s0, s1, total, AddExponential<T>{r.x, largest, total, out, r.channels});
-  if (out) {
+  r.each(s0, s1, total, AddExponential<T>{r.x, largest, total, out, r.channels, normalize ? r.channels : 0});
+  if (normalize) {
     r.each(s0, s1, total, DivideRow<T>{total, out, r.channels});
     if (r.index && s0 == 0)
       for (int64_t e = 0; e < r.rows; ++e)
@@ -192,14 +190,11 @@ GEOSSL_INLINE void exponentials(const Rows<T>& r, int64_t s0, int64_t s1, T* lar
 // Instruction sets are chosen for functions, not for templates; see GEOSSL_SIMD.
 #define FOR_TYPE(SIMD, T, A)                                                                                                              \
   SIMD void sum_of(const Rows<T>& r, int64_t s0, int64_t s1, T* out, int64_t* count) { sum(r, s0, s1, out, count); }                      \
-  SIMD void max_of(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                             \
-    extreme<true>(r, s0, s1, out, arg, seen);                                                                                             \
+  SIMD void extreme_of(const Rows<T>& r, int64_t s0, int64_t s1, T sign, T* out, A* arg, uint8_t* seen) {                                 \
+    extreme(r, s0, s1, sign, out, arg, seen);                                                                                             \
   }                                                                                                                                       \
-  SIMD void min_of(const Rows<T>& r, int64_t s0, int64_t s1, T* out, A* arg, uint8_t* seen) {                                             \
-    extreme<false>(r, s0, s1, out, arg, seen);                                                                                            \
-  }                                                                                                                                       \
-  SIMD void exponentials_of(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, const uint8_t* seen, T* out) {                \
-    exponentials(r, s0, s1, largest, total, seen, out);                                                                                   \
+  SIMD void exponentials_of(const Rows<T>& r, int64_t s0, int64_t s1, T* largest, T* total, const uint8_t* seen, T* out, bool normalize) { \
+    exponentials(r, s0, s1, largest, total, seen, out, normalize);                                                                        \
   }
 FOR_TYPE(GEOSSL_SIMD, float, int32_t)
 FOR_TYPE(, double, int64_t)
@@ -258,8 +253,7 @@ GEOSSL_API int geossl_segment_extreme_cpu(int threads, int is_double, const void
     const auto narrow = scratch<Bits<T>>(arg ? size * channels : 0);  // row numbers as wide as T
     T* values = static_cast<T*>(out);
     split_segments(threads, r, [&](int64_t s0, int64_t s1) {
-      if (largest) max_of(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
-      else min_of(r, s0, s1, values, arg ? narrow.get() : nullptr, seen.get());
+      extreme_of(r, s0, s1, largest ? T(1) : T(-1), values, arg ? narrow.get() : nullptr, seen.get());
       for (int64_t s = s0; s < s1; ++s) {
         if (!seen[s]) std::fill(values + s * channels, values + (s + 1) * channels, static_cast<T>(fill));
         for (int64_t i = s * channels; arg && i < (s + 1) * channels; ++i) arg[i] = seen[s] ? narrow[i] : -1;
@@ -281,8 +275,8 @@ GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void
     T* to = static_cast<T*>(out);
     if (size == 0) std::fill(to, to + rows * channels, T(0));
     split_segments(threads, r, [&](int64_t s0, int64_t s1) {
-      max_of(r, s0, s1, largest.get(), static_cast<Bits<T>*>(nullptr), seen.get());
-      exponentials_of(r, s0, s1, largest.get(), total.get(), seen.get(), to);
+      extreme_of(r, s0, s1, T(1), largest.get(), static_cast<Bits<T>*>(nullptr), seen.get());
+      exponentials_of(r, s0, s1, largest.get(), total.get(), seen.get(), to, true);
     });
     return int{GEOSSL_OK};
   });
@@ -298,8 +292,9 @@ GEOSSL_API int geossl_segment_logsumexp_cpu(int threads, int is_double, const vo
     const auto largest = scratch<T>(size * channels);
     const auto seen = scratch<uint8_t>(size);
     split_segments(threads, r, [&](int64_t s0, int64_t s1) {
-      max_of(r, s0, s1, largest.get(), static_cast<Bits<T>*>(nullptr), seen.get());
-      exponentials_of(r, s0, s1, largest.get(), static_cast<T*>(out), seen.get(), static_cast<T*>(nullptr));
+      extreme_of(r, s0, s1, T(1), largest.get(), static_cast<Bits<T>*>(nullptr), seen.get());
+      const auto row = scratch<T>(channels);
+      exponentials_of(r, s0, s1, largest.get(), static_cast<T*>(out), seen.get(), row.get(), false);
     });
     return int{GEOSSL_OK};
   });

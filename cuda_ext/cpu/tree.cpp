@@ -19,6 +19,7 @@ Boxes<T>::Boxes(int64_t boxes) : count(boxes) {
 template <class T>
 void Boxes<T>::include(int64_t box, const T* other_low, const T* other_high, int32_t row, int32_t points) {
   const auto i = static_cast<size_t>(box);
+  GEOSSL_UNROLL(3)
   for (int a = 0; a < 3; ++a) {
     low[a][i] = std::min(low[a][i], other_low[a]);
     high[a][i] = std::max(high[a][i], other_high[a]);
@@ -159,6 +160,7 @@ GEOSSL_INLINE void box_distances(const Boxes<T>& boxes, int64_t begin, const Tre
   const bool manhattan = query.manhattan;
   for (int i = 0; i < kFanout; ++i) {
     T gap[3];
+    GEOSSL_UNROLL(3)
     for (int a = 0; a < 3; ++a) {
       const T below = boxes.low[a][begin + i] - q[a], above = q[a] - boxes.high[a][begin + i];
       const T outside = below > above ? below : above;
@@ -171,6 +173,7 @@ GEOSSL_INLINE void box_distances(const Boxes<T>& boxes, int64_t begin, const Tre
 template <class T>
 T farthest_corner(const Boxes<T>& boxes, int64_t box, const TreeQuery<T>& query) {
   T gap[3];
+  GEOSSL_UNROLL(3)
   for (int a = 0; a < 3; ++a) {
     const auto i = static_cast<size_t>(box);
     gap[a] = std::max(std::fabs(boxes.low[a][i] - query.at[a]), std::fabs(query.at[a] - boxes.high[a][i]));
@@ -305,6 +308,7 @@ GEOSSL_INLINE void corner_distances(const Boxes<T>& boxes, int64_t begin, const 
   const T* GEOSSL_RESTRICT high[3] = {boxes.high[0].data() + begin, boxes.high[1].data() + begin, boxes.high[2].data() + begin};
   for (int i = 0; i < kFanout; ++i) {
     T gap[3], far[3];
+    GEOSSL_UNROLL(3)
     for (int a = 0; a < 3; ++a) {
       const T below = low[a][i] - q[a], above = q[a] - high[a][i];
       const T outside = below > above ? below : above;

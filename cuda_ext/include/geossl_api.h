@@ -38,6 +38,14 @@ enum GeosslStatus : int {
 #define GEOSSL_HAS_SIMD_CLONES 0
 #endif
 
+// Before a loop of that many steps inside a loop that shall be vectorised: gcc unrolls it first, which it does of itself at -O3 alone.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define GEOSSL_UNROLL(steps) _Pragma(GEOSSL_TEXT(GCC unroll steps))
+#define GEOSSL_TEXT(words) #words
+#else
+#define GEOSSL_UNROLL(steps)
+#endif
+
 namespace geossl {
 
 // Into how many pieces of at least `grain` n items are cut, at most one per thread.
