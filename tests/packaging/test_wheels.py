@@ -22,7 +22,7 @@ from geossl.ops import _native
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", ".gitignore", "geossl", "cuda_ext", "tools", "tests/build")
+SOURCES = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", ".gitignore", "geossl", "cuda_ext", "tools", "tests/packaging")
 HAS_NVCC = shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
 needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="no nvcc on this machine")
 
@@ -143,11 +143,14 @@ def test_pure_python_wheel(builder, tmp_path, cause):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "out")
         assert not any(name.startswith("geossl/_lib") for name in archive.namelist())
+    # Everything that is installed here, but for the hook by which an editable geossl goes before any other.
+    packages = [entry for entry in sys.path if Path(entry).name == "site-packages"]
+    (builder.purelib() / "installed.pth").write_text("\n".join(packages))
     code = "import geossl.ops._native as n; print(n.available('cpu'), n.available('cpu'), n.native_info()['cpu']['reason'])"
-    ran = run_geossl(Path(sys.executable), code, tmp_path, PYTHONPATH=str(tmp_path / "out"))
+    ran = run_geossl(builder.python, code, tmp_path, PYTHONPATH=str(tmp_path / "out"))
     assert ran.stdout.startswith("False False libgeossl_cpu.so was not found in ")
     assert ran.stderr.count("RuntimeWarning") == 1  # said once
-    ran = run_geossl(Path(sys.executable), code, tmp_path, PYTHONPATH=str(tmp_path / "out"), GEOSSL_REQUIRE_NATIVE="1")
+    ran = run_geossl(builder.python, code, tmp_path, PYTHONPATH=str(tmp_path / "out"), GEOSSL_REQUIRE_NATIVE="1")
     assert "ExtensionError: GEOSSL_REQUIRE_NATIVE is set, but libgeossl_cpu.so was not found" in ran.stderr
 
 

@@ -20,11 +20,14 @@ from geossl.errors import ExtensionError
 from geossl.ops import _native
 
 ROOT = Path(__file__).parents[2]
+THREADS = ROOT / "cuda_ext/cpu/threads.cpp"
 CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler on this machine")
 
 SOURCE = r"""
+#include <mutex>
 #include <stdexcept>
+
 #include "geossl_api.h"
 #ifndef VERSION
 #define VERSION GEOSSL_ABI_VERSION
@@ -68,7 +71,7 @@ def compile_library(folder: Path, name: str, *flags: str, source: str = SOURCE) 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.cpp"
     file.write_text(source)
-    command = [CXX, "-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", f"-I{ROOT / 'cuda_ext/include'}", *flags, str(file)]
+    command = [CXX, "-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", f"-I{ROOT / 'cuda_ext/include'}", *flags, str(file), str(THREADS)]
     subprocess.run([*command, "-o", str(folder / f"{name}.so")], check=True)
     return folder / f"{name}.so"
 
