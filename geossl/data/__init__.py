@@ -2,7 +2,8 @@
 
 ``DATASETS.config("objects").build("train")`` gives a data set; :func:`build_loader` gives batches of it; :func:`read_points` reads
 any single file. The files are named for what they hold: ``objects``, ``shapenet``, ``modelnet``, ``scanobjectnn``, ``folder``, ``shards``;
-particle events: ``pilarnet``, ``event_shards`` and ``lartpc`` (simulated), whose points carry classes.
+``shapenet_part``, whose points carry parts; particle events: ``pilarnet``, ``event_shards`` and ``lartpc`` (simulated), whose points carry
+classes.
 
 Posed images of whole places are :class:`SceneSample`, whatever they come from: ``SCENES.config("rooms").build("train")`` gives simulated
 furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrgbd`` and ``transforms`` read what others publish.
@@ -28,6 +29,7 @@ from geossl.data.scanobjectnn import ScanObjectNNConfig
 from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
 from geossl.data.scene_readers import RGBDFolderConfig, SUNRGBDConfig, TransformsConfig
 from geossl.data.shapenet import ShapeNet55Config
+from geossl.data.shapenet_part import ShapeNetPartConfig
 from geossl.data.shard_store import check_shards
 from geossl.data.shards import ShardOptions, ShardsConfig, write_shards
 from geossl.data.simulate import LArTPCOptions, Room, RoomError, build_room, simulate_event
@@ -72,6 +74,7 @@ __all__ = [
     "SceneDataset",
     "SceneSample",
     "ShapeNet55Config",
+    "ShapeNetPartConfig",
     "ShardOptions",
     "ShardsConfig",
     "Subset",

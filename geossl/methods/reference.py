@@ -32,7 +32,7 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
     Returns:
         The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`, :class:`geossl.methods.PointM2AE`,
         :class:`geossl.methods.PolarMAE`) for a pretraining file, the task (:class:`geossl.tasks.Classification`,
-        :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone`` is the encoder.
+        :class:`geossl.tasks.PartSegmentation`, :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone`` is the encoder.
 
     Raises:
         UnknownNameError: unknown ``system``.
@@ -67,13 +67,16 @@ def find_system(source: str | os.PathLike[str]) -> str:
 
 
 def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
-    from geossl.tasks import classification
+    from geossl.tasks import classification, part_segmentation
 
     state = read_reference_state(source)
     name = "the given state" if isinstance(source, Mapping) else source
     if any(key.startswith("cls_head_finetune.") for key in state):
         (backbone_config, task_config), converted = classification.convert_reference_state(state, config)
         model: nn.Module = task_config.build(PointViT(backbone_config))
+    elif any(key.startswith("label_conv.") for key in state):
+        (parts_config, parts_task), converted = part_segmentation.convert_part_state(state, config)
+        model = parts_task.build(parts_config.build())
     else:
         (encoder_config, method_config), converted = point_mae.convert_reference_state(state, config)
         model = method_config.build(PointViT(encoder_config))
@@ -97,12 +100,16 @@ def load_tuned_scales(
     state: Mapping[str, Tensor], config: Mapping[str, Any] | None, name: str, *, max_skips_first: bool
 ) -> nn.Module | None:
     """The fine-tuned model of a Point-M2AE or I2P-MAE ``state`` called ``name``; None where it is no fine-tuned one."""
-    from geossl.tasks import classification
+    from geossl.tasks import classification, part_segmentation
 
-    if not any(key.startswith("cls_head_finetune.") for key in state):
+    if any(key.startswith("cls_head_finetune.") for key in state):
+        (encoder_config, task_config), converted = classification.convert_coarsest_state(state, config, max_skips_first=max_skips_first)
+        model: nn.Module = task_config.build(PointM2AEEncoder(encoder_config))
+    elif any(key.startswith("label_conv.") for key in state):
+        (parts_config, parts_task), converted = part_segmentation.convert_part_state(state, config)
+        model = parts_task.build(parts_config.build())
+    else:
         return None
-    (encoder_config, task_config), converted = classification.convert_coarsest_state(state, config, max_skips_first=max_skips_first)
-    model = task_config.build(PointM2AEEncoder(encoder_config))
     load_state(model, converted, source=name)
     return model
 

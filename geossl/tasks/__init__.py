@@ -3,6 +3,7 @@
 from geossl.tasks.classification import Classification, ClassificationConfig
 from geossl.tasks.gaussian_density import DensityConfig
 from geossl.tasks.gaussian_fitting import GaussianFit, GaussianFitConfig, GaussianFitResult, RatesConfig, StartConfig, fit_gaussians
+from geossl.tasks.part_segmentation import PartSegmentation, PartSegmentationConfig
 from geossl.tasks.registry import TASKS
 from geossl.tasks.segmentation import Segmentation, SegmentationConfig
 
@@ -14,6 +15,8 @@ __all__ = [
     "GaussianFit",
     "GaussianFitConfig",
     "GaussianFitResult",
+    "PartSegmentation",
+    "PartSegmentationConfig",
     "RatesConfig",
     "Segmentation",
     "SegmentationConfig",

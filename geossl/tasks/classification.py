@@ -336,9 +336,7 @@ def convert_coarsest_state(
         raise CheckpointError(
             f"not a Point-M2AE or I2P-MAE classifier: expected h_encoder.*, norm.*, cls_head_finetune.*; found {sorted(state)[:8]}"
         )
-    backbone = dataclasses.replace(
-        point_m2ae.reference_encoder_config(encoder, config), first_token_visible=False, drop_uncovered=False, padding_attended=False
-    )
+    backbone = point_m2ae.reference_encoder_config(encoder, config, fine_tuned=True)
     hidden, width = state["cls_head_finetune.0.weight"].shape
     pooling: Literal["mean_plus_max", "mean_max"] = "mean_max" if width == 2 * backbone.dims[-1] else "mean_plus_max"
     task = ClassificationConfig(
