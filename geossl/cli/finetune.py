@@ -20,14 +20,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, set_up_messages, tell_changes
+from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, read_weights, set_up_messages, tell_changes
 from geossl.config import load_config, registry_field, require, split_arguments, to_yaml
 from geossl.data import DATASETS, Subset, build_loader, random_subset
 from geossl.engine import Hooks, OptimConfig, TrainConfig, World, seed_everything, start_world, stop_world, train
-from geossl.errors import CheckpointError, ConfigError
+from geossl.errors import ConfigError
 from geossl.evaluation import evaluate_segmentation, save_segmentation_data
 from geossl.evaluation.token_probe import has_point_labels
-from geossl.models import BACKBONES, load
+from geossl.models import BACKBONES
 from geossl.models.checkpoints import load_state
 from geossl.tasks import TASKS, SegmentationConfig
 from geossl.tasks.segmentation import class_weights_of
@@ -179,17 +179,6 @@ def build_backbone(config: FinetuneConfig) -> Any:
     backbone = config.backbone.build()
     load_state(backbone, pretrained.state_dict(), source=config.weights)
     return backbone
-
-
-def read_weights(source: str) -> Any:
-    """Read a pretrained backbone from a folder, a hub id or an official checkpoint file (of any system that can be read)."""
-    if Path(source).is_file():
-        from geossl.methods.reference import find_system, load_reference
-
-        return load_reference(find_system(source), source).get_submodule("backbone")
-    if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
-        raise CheckpointError(f"{source}: no such file")
-    return load(source)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What ``geossl pretrain`` and ``geossl finetune`` share: batches, messages, exports."""
+"""What the programs that train and evaluate share: batches, messages, weights, exports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import nn
 from geossl.config import flatten, read_yaml
 from geossl.data import Loader, build_loader
 from geossl.engine import BatchLoader, Result, TrainConfig, World
-from geossl.errors import ConfigError
+from geossl.errors import CheckpointError, ConfigError
 from geossl.geometry import PackedPoints, PointBatch
-from geossl.models import save_backbone
+from geossl.models import load, save_backbone
 
 log = logging.getLogger("geossl")
 
@@ -105,6 +105,17 @@ def split_batch(batch: PointBatch, parts: int) -> list[PointBatch]:
         per_point = (None if values is None else values[begin:end] for values in (batch.point_label, batch.point_instance))
         pieces.append(PointBatch(points, label, index, slot[rows], size, *per_point))
     return pieces
+
+
+def read_weights(source: str) -> Any:
+    """Read a pretrained backbone from a folder, a hub id or an official checkpoint file (of any system that can be read)."""
+    if Path(source).is_file():
+        from geossl.methods.reference import find_system, load_reference
+
+        return load_reference(find_system(source), source).get_submodule("backbone")
+    if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
+        raise CheckpointError(f"{source}: no such file")
+    return load(source)
 
 
 def check_columns(dataset: Any, backbone: Any) -> None:

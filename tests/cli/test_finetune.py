@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import geossl
 from geossl.cli import run
-from geossl.cli.finetune import FinetuneConfig, accuracy, count_points, labelled_part, read_weights
+from geossl.cli.finetune import FinetuneConfig, accuracy, count_points, labelled_part
+from geossl.cli.training import read_weights
 from geossl.config import load_config
 from geossl.data import DATASETS
 from geossl.errors import CheckpointError
