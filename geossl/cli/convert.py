@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise CheckpointError(f"{args.folder} exists and is not an empty folder; name a new one")
-    model = load_reference(args.system, args.source, _read_config(args.config))
+    model = load_reference(args.system, args.source, read_published_config(args.config))
     backbone = model.get_submodule("backbone")
     save_backbone(backbone, args.folder)
     count = sum(p.numel() for p in backbone.parameters())
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _read_config(path: Path | None) -> dict | None:
+def read_published_config(path: Path | None) -> dict | None:
+    """The ``model`` section of a published configuration file (or all of it, where it has none); None for no file."""
     if path is None:
         return None
     try:

@@ -2,6 +2,7 @@
 
     evaluate.py MODEL [CONFIG.yaml] [--data.name objects] [--layers 3 5] [--per-class] [--out scores.json]
     evaluate.py svm MODEL [CONFIG.yaml] ...      short for --probes svm svm_cv svm_published; also knn, linear
+    evaluate.py task MODEL [CONFIG.yaml] ...     score a fine-tuned model instead, see ``geossl.cli.evaluate_task``
 
 MODEL is a run folder, an export folder, a hub id, an official checkpoint file or the registered name of a backbone (then with random
 weights). Without flags for the data, a run folder is probed on the data set it was trained on. On particle events, tokens are probed for
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from geossl.cli.training import read_weights
+from geossl.cli.training import make_console, read_weights
 from geossl.config import load_config, read_yaml, registry_field, require, split_arguments
 from geossl.data import DATASETS, EventDataConfig, EventDataset, Subset
 from geossl.data.files import atomic_write
@@ -34,7 +35,8 @@ INSTANCE_EVENTS = 50
 
 # What a run says about its data that a probe of it needs, too.
 _RUN_DATA_KEYS = (
-    *("name", "root", "points", "columns", "normalize"),
+    *("name", "root", "points", "columns", "normalize", "evaluation_points", "variant", "subset", "categories"),
+    *("way", "shot", "fold"),
     *("events", "val_events", "seed", "simulation", "files", "energy_threshold", "max_energy", "remove_led", "min_points"),
 )
 
@@ -86,6 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     name, args = split_arguments(argv)
+    if name == "task" and not Path(name).exists():
+        from geossl.cli import evaluate_task
+
+        return evaluate_task.main(args)
     if name in PROBE_FAMILIES and not Path(name).exists():
         family = PROBE_FAMILIES[name]
         name, args = split_arguments(args)
@@ -95,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("evaluate: name a model first: a run or export folder, a hub id, or a registered backbone; see --help")
     path, args = split_arguments(args)
     if path is None and not any(flag.partition("=")[0] == "--data.name" for flag in args):
-        args = [*_data_of_run(Path(name)), *args]
+        args = [*data_of_run(Path(name)), *args]
     config = load_config(EvaluateConfig, path, args, prog="evaluate MODEL")
     backbone = load_model(name, config.data)
     config.data = fitting_columns(config.data, int(backbone.in_channels))
@@ -152,7 +158,7 @@ def evaluate_events(name: str, backbone: Any, config: EvaluateConfig) -> dict[st
 
 def show_events(summary: dict[str, Any]) -> None:
     """Print the tables of the token probe and of the clusters by attention, and how far the encoder is from the bar."""
-    console = _console()
+    console = make_console()
     console.print(token_table(summary))
     found = summary["verdict"]
     lead = 100 * found["lead"]
@@ -162,15 +168,9 @@ def show_events(summary: dict[str, Any]) -> None:
         console.print(instance_table([InstanceScore(**score) for score in summary["instances"]]))
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=120)
-
-
 def show(summary: dict[str, Any], config: EvaluateConfig) -> None:
     """Print the tables and one line that says how far the encoder is from the bar."""
-    console = _console()
+    console = make_console()
     console.print(table_of(summary))
     shown = "svm" if "svm" in config.probes else config.probes[0]
     if config.per_class:
@@ -222,7 +222,7 @@ def _channels(data: Any) -> int:
     return EventDataset.channels if isinstance(data, EventDataConfig) else 3 * len(COLUMN_NAMES[data.columns])
 
 
-def _data_of_run(model: Path) -> list[str]:
+def data_of_run(model: Path) -> list[str]:
     """Return the data flags of the run that made ``model`` (a run folder or its export), or none."""
     for path in (model / "config.yaml", model.parent / "config.yaml"):
         if path.is_file() and (model / "export").is_dir() | (model.name == "export"):

@@ -161,6 +161,13 @@ def export_backbone(module: nn.Module, folder: Path, card: str, extra: Callable[
     temporary.rename(folder)
 
 
+def make_console() -> Any:
+    """A console as wide as the terminal, or 120 columns where the output goes elsewhere."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
 def exit_code(result: Result, run_folder: Path) -> int:
     """Say how a stopped run goes on, and return the exit code: 0, or 128 plus the signal's number."""
     if result.signal is None:

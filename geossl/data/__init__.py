@@ -14,6 +14,7 @@ from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
 from geossl.data.event_files import read_events
 from geossl.data.event_shards import EventShardOptions, EventShardsConfig, write_event_shards
 from geossl.data.events import Event, EventDataConfig, EventDataset, event_sample
+from geossl.data.few_shot import ModelNet40FewShotConfig, draw_episode
 from geossl.data.folder import FileOptions, FolderConfig
 from geossl.data.gaussian_ply import read_gaussians, write_gaussians
 from geossl.data.lartpc import LArTPCConfig, LArTPCFileOptions, write_lartpc
@@ -52,6 +53,7 @@ __all__ = [
     "LArTPCOptions",
     "Loader",
     "ModelNet40Config",
+    "ModelNet40FewShotConfig",
     "ObjectLibrary",
     "ObjectsConfig",
     "PILArNetConfig",
@@ -84,6 +86,7 @@ __all__ = [
     "check_rooms",
     "check_shards",
     "collate",
+    "draw_episode",
     "event_sample",
     "group_resplit",
     "load_objects",

@@ -6,6 +6,7 @@ a training).
 """
 
 from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_twin
+from geossl.evaluation.classification import VotingScores, evaluate_by_voting, evaluate_classification
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
@@ -34,8 +35,11 @@ __all__ = [
     "TokenProbeProtocol",
     "TokenProbeScore",
     "TokenProber",
+    "VotingScores",
     "calibrate_batchnorm",
     "embed",
+    "evaluate_by_voting",
+    "evaluate_classification",
     "evaluate_part_segmentation",
     "evaluate_segmentation",
     "extract_features",

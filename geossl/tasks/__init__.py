@@ -1,6 +1,7 @@
 """Downstream tasks: a head and its loss on a (pretrained) backbone, trained by the same loop as the methods."""
 
 from geossl.tasks.classification import Classification, ClassificationConfig
+from geossl.tasks.files import load_task, save_task
 from geossl.tasks.gaussian_density import DensityConfig
 from geossl.tasks.gaussian_fitting import GaussianFit, GaussianFitConfig, GaussianFitResult, RatesConfig, StartConfig, fit_gaussians
 from geossl.tasks.part_segmentation import PartSegmentation, PartSegmentationConfig
@@ -22,4 +23,6 @@ __all__ = [
     "SegmentationConfig",
     "StartConfig",
     "fit_gaussians",
+    "load_task",
+    "save_task",
 ]
