@@ -41,8 +41,8 @@ class EvaluateTaskConfig:
     repetitions: int = 10
     """Times the voting is repeated with other views: mean and deviation are reported, and the best repetition, which the published numbers
     are, as selected on the test part (published: 299 by Point-MAE, 49 by Point-M2AE and I2P-MAE)."""
-    pool: int = 1200
-    """Points the views are chosen from, by farthest-point sampling (published: 1,200)."""
+    pool: int = 0
+    """Points the views are chosen from, by farthest-point sampling; 0 takes 75/64 of data.points: the published 1,200 for 1,024."""
     seed: int = 0
     """Of the views."""
     system: str | None = None
@@ -53,9 +53,9 @@ class EvaluateTaskConfig:
     """JSON file to write; default: ``evaluation_<task>_<data>.json`` in the model's folder, or here."""
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "repetitions", "pool"):
+        for key in ("batch_size", "repetitions"):
             require(getattr(self, key) >= 1, key, "must be at least 1", getattr(self, key))
-        for key in ("votes", "seed"):
+        for key in ("votes", "seed", "pool"):
             require(getattr(self, key) >= 0, key, "must not be negative", getattr(self, key))
 
 
@@ -110,9 +110,13 @@ def vote(module: Any, config: EvaluateTaskConfig) -> VotingScores:
     """Score a classifier by voting over views of farthest-point samples of the test part."""
     if module.config.name != "classification":
         raise ConfigError(f"votes: only task classification votes, not {module.config.name}; leave it at 0")
-    if config.pool < config.data.points:
+    pool = config.pool or -(-config.data.points * 75 // 64)
+    if pool < config.data.points:
         raise ConfigError(f"pool must be at least data.points ({config.data.points}), got {config.pool}")
-    whole = replace(config.data, points=config.pool, pool=None, evaluation_points="farthest")
+    try:
+        whole = replace(config.data, points=pool, pool=None, evaluation_points="farthest")
+    except ConfigError as error:
+        raise ConfigError(f"pool: {config.data.name} has no {pool} points to choose views from, give a smaller one ({error})") from error
     return evaluate_by_voting(
         module,
         whole.build("test"),

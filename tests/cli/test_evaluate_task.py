@@ -72,6 +72,7 @@ def test_an_official_classifier(tmp_path: Path) -> None:
     [
         ([], "evaluate task: name a fine-tuned model first"),
         (["RUN", "--votes", "2", "--pool", "8"], "pool must be at least data.points (48), got 8"),
+        (["RUN", "--votes", "2", "--pool", "2000"], "pool: objects has no 2000 points to choose views from, give a smaller one"),
         (["RUN", "--votes", "-1"], "votes must not be negative, got -1"),
         (["RUN", "--data.name", "lartpc", "--data.events", "2", "--data.val_events", "1"], "1 of the 1 samples of lartpc have no class"),
         (["RUN/export/model.safetensors"], "of none of the systems"),
