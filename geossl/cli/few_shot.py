@@ -62,6 +62,8 @@ def run_few_shot(config: Any, world: World, train_task: Callable[[Any, World, An
         raise ConfigError(f"few_shot: runs in one process, but torchrun started {world.size}; its trainings are short")
     if config.task.name != "classification":
         raise ConfigError(f"few_shot: needs task classification, got {config.task.name}")
+    if config.resume not in ("none", "auto"):
+        raise ConfigError(f"resume: few_shot continues its own folds, with auto, got {config.resume!r}")
     folder = config.train.run_folder
     if folder.exists() and any(folder.iterdir()) and config.resume != "auto" and not config.train.overwrite:
         raise ConfigError(f"train.run_folder: {folder} is not empty; --resume auto continues it, --train.overwrite replaces its folds")

@@ -26,7 +26,7 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
             files are told apart by their weights.
         source: The file (``.pth``, ``.ckpt``, ``.safetensors``), or what was read from it.
         config: For files trained with other than the released numbers. point_mae and point_m2ae: the ``model`` section of the published
-            configuration.
+            configuration, and of part segmentation files what :func:`geossl.tasks.part_segmentation.convert_part_state` knows.
             polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`.
 
     Returns:

@@ -254,6 +254,7 @@ def test_published_episodes(pretrained: Path, tmp_path: Path) -> None:
     [
         ([FEW_SHOT, "--few_shot.way", "1"], "few_shot.way must be at least 2, or 0 for no episodes, got 1"),
         ([FEW_SHOT, "--few_shot.shot", "50"], "lower way, shot or test_per_class"),
+        ([FEW_SHOT, "--resume", "runs/other"], "resume: few_shot continues its own folds, with auto, got 'runs/other'"),
         ([FEW_SHOT, "--labelled_samples", "5"], "labelled_samples must be 0 with few_shot, got 5"),
         ([FEW_SHOT, "--task.name", "part_segmentation"], "few_shot: needs task classification, got part_segmentation"),
         ([SMOKE, "--task.name", "part_segmentation"], "the points of objects have no classes, which task part_segmentation needs; choose"),

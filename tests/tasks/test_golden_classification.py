@@ -18,7 +18,7 @@ from torch import Tensor
 
 import geossl
 from geossl.geometry import PackedPoints, PointBatch
-from geossl.methods.reference import load_tuned_scales
+from geossl.methods.reference import find_system, load_tuned_scales
 from geossl.models.checkpoints import read_reference_state
 from geossl.tasks.classification import Classification
 
@@ -92,6 +92,7 @@ def test_the_radius_is_what_makes_them_equal(case: Case) -> None:
 def test_an_official_file_round_trips(case: Case, tmp_path: Path) -> None:
     """The prefix of data-parallel training, half precision and the key ``base_model``, as in released files."""
     torch.save({"base_model": {f"module.{key}": value for key, value in case.state.items()}, "epoch": 3}, tmp_path / "ckpt-best.pth")
+    assert find_system(tmp_path / "ckpt-best.pth") == "point_m2ae"
     loaded = geossl.load_reference("point_m2ae", tmp_path / "ckpt-best.pth", case.config)
     assert loaded.config.max_skips_first is (loaded.config.pooling == "mean_max")
     assert all(torch.equal(value, case.model.state_dict()[name]) for name, value in loaded.state_dict().items())
