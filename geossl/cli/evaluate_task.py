@@ -22,7 +22,7 @@ from geossl.config import load_config, registry_field, require, split_arguments
 from geossl.data import DATASETS
 from geossl.data.files import atomic_write
 from geossl.errors import CheckpointError, ConfigError
-from geossl.evaluation import VotingScores, evaluate_by_voting
+from geossl.evaluation import evaluate_by_voting
 from geossl.methods.reference import find_system, load_reference
 from geossl.tasks import load_task
 
@@ -100,40 +100,42 @@ def evaluate_task(name: str, module: Any, config: EvaluateTaskConfig) -> dict[st
             f"data: {config.data.name} has {len(test.classes)} classes, but {name} was trained on {known}; choose its data set"
         )
     summary = {"model": name, "task": module.config.name, "data": config.data.name, "points": getattr(config.data, "points", None)}
+    whole = views_data(module, config).build("test") if config.votes else None
     summary["scores"] = score_task(module, test, config.batch_size)
-    if config.votes:
-        summary["voting"] = vote(module, config).to_json()
+    if whole is not None:
+        votes = evaluate_by_voting(
+            module,
+            whole,
+            points=config.data.points,
+            votes=config.votes,
+            repetitions=config.repetitions,
+            views=config.data.augment,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        summary["voting"] = votes.to_json()
     return summary
 
 
-def vote(module: Any, config: EvaluateTaskConfig) -> VotingScores:
-    """Score a classifier by voting over views of farthest-point samples of the test part."""
+def views_data(module: Any, config: EvaluateTaskConfig) -> Any:
+    """The data set whose farthest-point samples the views of the voting are chosen from."""
     if module.config.name != "classification":
         raise ConfigError(f"votes: only task classification votes, not {module.config.name}; leave it at 0")
     pool = config.pool or -(-config.data.points * 75 // 64)
     if pool < config.data.points:
         raise ConfigError(f"pool must be at least data.points ({config.data.points}), got {config.pool}")
     try:
-        whole = replace(config.data, points=pool, pool=None, evaluation_points="farthest")
+        return replace(config.data, points=pool, pool=None, evaluation_points="farthest")
     except ConfigError as error:
         raise ConfigError(f"pool: {config.data.name} has no {pool} points to choose views from, give a smaller one ({error})") from error
-    return evaluate_by_voting(
-        module,
-        whole.build("test"),
-        points=config.data.points,
-        votes=config.votes,
-        repetitions=config.repetitions,
-        views=config.data.augment,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
 
 
 def show(summary: dict[str, Any]) -> None:
     """Print the table of the scores."""
     from rich.table import Table
 
-    table = Table(title=f"{summary['task']} on the test part of {summary['data']}, in %", title_justify="left")
+    console, table = make_console(), Table()
+    console.print(f"{summary['task']} on the test part of {summary['data']}, in %")
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in summary["scores"].items():
@@ -145,4 +147,4 @@ def show(summary: dict[str, Any]) -> None:
             f"{100 * voting['mean']:.2f} ± {100 * voting['std']:.2f}",
         )
         table.add_row("the best of them, selected on the test part as published", f"{100 * voting['best_on_test']:.2f}")
-    make_console().print(table)
+    console.print(table)
