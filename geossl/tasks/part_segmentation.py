@@ -107,7 +107,7 @@ class PointPropagation(nn.Module):
             x = F.linear(points.coord, first.weight[:, :3], first.bias)  # type: ignore[arg-type, index]
         from_tokens = F.linear(tokens.feats, first.weight[:, 3:])  # type: ignore[index]
         x = x + ops.three_nn_interpolate(
-            points.coord, tokens.centers, from_tokens.float(), query_offsets=points.offsets, offsets=tokens.offsets
+            points.coord, tokens.centers, _at_least_float32(from_tokens), query_offsets=points.offsets, offsets=tokens.offsets
         )
         x = F.relu(self.norms[0](x))
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
@@ -223,13 +223,13 @@ class PartSegmentation(nn.Module):
             scales = self.backbone.group(clouds)
             encoded = self.backbone.encode(scales, random=random)
             return [
-                Tokens(encoded[i].feats.float(), scales[i].centers, encoded[i].segments.offsets(clouds.coord.device))
+                Tokens(_at_least_float32(encoded[i].feats), scales[i].centers, encoded[i].segments.offsets(clouds.coord.device))
                 for i in self.config.layers
             ]
         hidden: list[Tensor] = []
         groups = self.backbone.group(clouds)
         self.backbone.encode(groups, random=random, intermediates=hidden)
-        feats = torch.cat([self.backbone.norm(hidden[i]).float() for i in self.config.layers], dim=1)
+        feats = _at_least_float32(torch.cat([self.backbone.norm(hidden[i]) for i in self.config.layers], dim=1))
         return [Tokens(feats, groups.centers, groups.segments.offsets(clouds.coord.device))]
 
     def no_weight_decay(self) -> set[str]:
@@ -244,6 +244,10 @@ class PartSegmentation(nn.Module):
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute block activations in the backward pass."""
         self.backbone.set_grad_checkpointing(enabled)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def freeze_unread(backbone: PointViT | PointM2AEEncoder, layers: Sequence[int]) -> None:

@@ -70,29 +70,31 @@ def interpolated(points: Tensor, centers: Tensor, feats: Tensor) -> Tensor:
     return (feats[near.indices] * (weight / weight.sum(1, keepdim=True))[..., None]).sum(1)
 
 
-def published(task: PartSegmentation, points: Tensor, category: int) -> Tensor:
-    """The head as published, for one shape in evaluation mode: everything repeated for every point and laid side by side."""
-    backbone = task.backbone
+def published(task: PartSegmentation, shapes: PackedPoints, category: Tensor) -> Tensor:
+    """The head as published: everything repeated for every point, laid side by side, and only then multiplied."""
+    backbone, lengths = task.backbone, shapes.lengths.tolist()
     if isinstance(backbone, PointM2AEEncoder):
-        pyramid = backbone.forward_pyramid(points[None])
-        taps = [(tokens.centers, tokens.feats) for tokens in pyramid]
+        taps = [(t.centers.split(t.lengths.tolist()), t.feats.split(t.lengths.tolist())) for t in backbone.forward_pyramid(shapes)]
     else:
-        tokens, hidden = backbone.forward_intermediates(points[None], list(task.config.layers))
-        taps = [(tokens.centers, torch.cat(hidden, 1))]
+        tokens, hidden = backbone.forward_intermediates(shapes, list(task.config.layers))
+        sizes = tokens.lengths.tolist()
+        taps = [(tokens.centers.split(sizes), torch.cat(hidden, 1).split(sizes))]
     carried = []
     for propagation, (centers, feats) in zip(task.propagations, taps, strict=True):
-        x = torch.cat([points, interpolated(points, centers, feats)], 1)
+        clouds = zip(shapes.coord.split(lengths), centers, feats, strict=True)
+        x = torch.cat([torch.cat([points, interpolated(points, c, f)], 1) for points, c, f in clouds])
         for layer, norm in zip(propagation.layers, propagation.norms, strict=True):
             x = F.relu(norm(layer(x)))
         carried.append(x)
     x = torch.cat(carried, 1)
-    one_hot = F.one_hot(torch.tensor([category]), len(task.config.part_counts)).float()
-    name = F.leaky_relu(task.label_norm(task.label_embedding(one_hot)), 0.2)[0]
+    one_hot = F.one_hot(category, len(task.config.part_counts)).to(x)
+    names = F.leaky_relu(task.label_norm(task.label_embedding(one_hot)), 0.2)
     if isinstance(backbone, PointM2AEEncoder):
-        shared = torch.cat([x.max(0).values + x.mean(0), name])
+        shared = [part.max(0).values + part.mean(0) for part in x.split(lengths)]
     else:
-        shared = torch.cat([taps[0][1].max(0).values, taps[0][1].mean(0), name])
-    x = torch.cat([x, shared.expand(len(points), -1)], 1)
+        shared = [torch.cat([part.max(0).values, part.mean(0)]) for part in taps[0][1]]
+    repeated = [torch.cat([row, name]).expand(n, -1) for row, name, n in zip(shared, names, lengths, strict=True)]
+    x = torch.cat([x, torch.cat(repeated)], 1)
     for layer, norm in zip(task.layers, task.norms, strict=True):
         x = F.relu(norm(layer(x)))
     return task.classify(x)
@@ -107,15 +109,23 @@ def stirred(task: nn.Module) -> nn.Module:
     return task.eval()
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_the_published_head(kind):
-    """Also for a shape of fewer points than there are tokens, and one of a single point."""
-    task = stirred(make(kind))
-    coord = torch.rand(36, 3)
-    shapes, category = PackedPoints(coord, torch.tensor([0, 30, 35, 36])), torch.tensor([1, 0, 1])
-    logits = task.logits(shapes, category).split([30, 5, 1])
-    for ours, points, kind_of in zip(logits, coord.split([30, 5, 1]), category.tolist(), strict=True):
-        torch.testing.assert_close(ours, published(task, points, kind_of), rtol=1e-4, atol=2e-5)
+def test_equal_to_the_published_head(kind, training):
+    """Also for a shape of fewer points than there are tokens, and one of a single point; in training, every gradient too."""
+    task = stirred(make(kind)).train(training).double()
+    shapes = PackedPoints(torch.rand(36, 3, dtype=torch.float64), torch.tensor([0, 30, 35, 36]))
+    category, direction = torch.tensor([1, 0, 1]), torch.randn(36, sum(COUNTS)).double()
+    found = []
+    for logits in (task.logits(shapes, category), published(task, shapes, category)):
+        task.zero_grad()
+        (logits * direction).sum().backward()
+        found.append((logits, {name: p.grad.clone() for name, p in task.named_parameters()}))
+    torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=1e-5, atol=1e-6)
+    for name, gradient in found[0][1].items():
+        expected = found[1][1][name]
+        atol = 1e-5 * max(float(expected.abs().max()), 1.0)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_only_parts_of_the_category_are_predicted():
