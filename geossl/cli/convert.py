@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from geossl.errors import CheckpointError, ConfigError
 from geossl.methods import REFERENCES, load_reference
 from geossl.models import save_backbone
+from geossl.tasks import TASKS, PartSegmentationConfig, save_task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="geossl convert",
         description="Read an official checkpoint, without executing anything it contains, and write its encoder as "
-        "model.safetensors and config.json, which geossl.load and every geossl program read.",
+        "model.safetensors and config.json, which geossl.load and every geossl program read; of a fine-tuned model also the whole of it as "
+        "task.safetensors and task.json, for geossl.tasks.load_task and `geossl evaluate task`.",
     )
     parser.add_argument("source", type=Path, metavar="IN", help="the official file (.pth, .pt, .safetensors)")
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write; made if missing")
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise CheckpointError(f"{args.folder} exists and is not an empty folder; name a new one")
-    model = load_reference(args.system, args.source, _read_config(args.config))
+    model = load_reference(args.system, args.source, read_published_config(args.config))
     backbone = model.get_submodule("backbone")
     save_backbone(backbone, args.folder)
     count = sum(p.numel() for p in backbone.parameters())
@@ -39,10 +42,16 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.source}: {type(model).__name__} of system {args.system}; its encoder ({count / 1e6:.1f} M parameters) is in {args.folder}"
     )
     print(f"use it:  geossl.load({str(args.folder)!r})")
+    task: Any = model.config
+    if task.name in TASKS.names():
+        count = len(task.part_counts) if isinstance(task, PartSegmentationConfig) else task.classes
+        save_task(model, [f"class_{i}" for i in range(count)], args.folder)  # the file does not name its classes
+        print(f"with its head:  geossl.tasks.load_task({str(args.folder)!r})")
     return 0
 
 
-def _read_config(path: Path | None) -> dict | None:
+def read_published_config(path: Path | None) -> dict | None:
+    """The ``model`` section of a published configuration file (or all of it, where it has none); None for no file."""
     if path is None:
         return None
     try:

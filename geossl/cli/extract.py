@@ -30,7 +30,7 @@ class ExtractConfig:
     """A feature for every point (interpolated from the nearest tokens), for every token, or one vector per cloud."""
     layers: tuple[int, ...] = ()
     """Blocks whose normed outputs are read, side by side (negative counts from the end); none given: the last."""
-    pooling: Literal["mean_max", "mean", "max"] = "mean_max"
+    pooling: Literal["mean_max", "mean", "max", "mean_plus_max"] = "mean_max"
     """How the tokens of a cloud become one vector (``--output global``)."""
     points: int | None = None
     """At most so many points of a cloud are shown to the encoder (default: 1,024 of a file, all of a data set's)."""

@@ -1,6 +1,7 @@
 """``geossl finetune``: supervised training of a task on a pretrained backbone.
 
     finetune.py [CONFIG.yaml] --weights runs/quickstart [--data.name modelnet40]
+    finetune.py [CONFIG.yaml] --weights runs/quickstart --few_shot.way 5 --few_shot.shot 10
 
 ``--weights`` takes what ``geossl.load`` takes (a run folder, an export folder, a hub id) or an official checkpoint file. Without it the
 backbone starts from random weights, the honest comparison.
@@ -9,27 +10,27 @@ backbone starts from random weights, the honest comparison.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
-from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, set_up_messages, tell_changes
+from geossl.cli.few_shot import FewShotConfig, run_few_shot
+from geossl.cli.scores import BEST_SCORE, score_task
+from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, read_weights, set_up_messages, tell_changes
 from geossl.config import load_config, registry_field, require, split_arguments, to_yaml
-from geossl.data import DATASETS, Subset, build_loader, random_subset
-from geossl.engine import Hooks, OptimConfig, TrainConfig, World, seed_everything, start_world, stop_world, train
-from geossl.errors import CheckpointError, ConfigError
+from geossl.data import DATASETS, Subset, random_subset
+from geossl.engine import Hooks, OptimConfig, Result, TrainConfig, World, seed_everything, start_world, stop_world, train
+from geossl.errors import ConfigError
 from geossl.evaluation import evaluate_segmentation, save_segmentation_data
 from geossl.evaluation.token_probe import has_point_labels
-from geossl.models import BACKBONES, load
+from geossl.models import BACKBONES
 from geossl.models.checkpoints import load_state
-from geossl.tasks import TASKS, SegmentationConfig
+from geossl.tasks import TASKS, PartSegmentationConfig, SegmentationConfig, save_task
 from geossl.tasks.segmentation import class_weights_of
 
 
@@ -61,8 +62,11 @@ class FinetuneConfig:
     resume: str = "none"
     """`auto` continues the run in train.run_folder from its newest intact checkpoint, if it has any; or the path of a checkpoint or run
     folder; `none` starts anew."""
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    """Few-shot episodes instead of one training: each is a training of its own in train.run_folder/fold_<n>."""
 
     def __post_init__(self) -> None:
+        require(not (self.few_shot.way and self.labelled_samples), "labelled_samples", "must be 0 with few_shot", self.labelled_samples)
         require(self.evaluate_every >= 1, "evaluate_every", "must be at least 1", self.evaluate_every)
         for key in ("labelled_samples", "labelled_seed", "evaluate_samples"):
             require(getattr(self, key) >= 0, key, "must not be negative", getattr(self, key))
@@ -81,11 +85,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def finetune(config: FinetuneConfig, world: World) -> int:
     """Fine-tune as ``config`` says, as one of the processes of ``world``; returns the exit code."""
-    dataset, test = labelled_part(config), config.data.build("test")
+    if config.few_shot.way:
+        return run_few_shot(config, world, train_task)
+    return exit_code(train_task(config, world, labelled_part(config), config.data.build("test")), config.train.run_folder)
+
+
+def train_task(config: FinetuneConfig, world: World, dataset: Any, test: Any) -> Result:
+    """Train the task of ``config`` on ``dataset`` and score it on ``test``, leaving a complete run folder."""
     if config.evaluate_samples:
         test = Subset(test, range(min(config.evaluate_samples, len(test))))
-    segments = isinstance(config.task, SegmentationConfig)
-    check_labels(dataset, per_point=segments)
+    check_labels(dataset, config.task)
     config = dataclasses.replace(config, task=with_classes(config.task, dataset))
     loader = batches(dataset, config.train, world)
     seed_everything(config.train.seed)
@@ -94,31 +103,27 @@ def finetune(config: FinetuneConfig, world: World) -> int:
     module = config.task.build(backbone)
 
     def export(module: nn.Module, folder: Path) -> None:
-        export_backbone(
-            module, folder, model_card(config, dataset.classes), lambda place: save_task(module, config, dataset.classes, place)
-        )
+        export_backbone(module, folder, model_card(config, dataset.classes), lambda place: save_task(module, dataset.classes, place))
 
     def report(module: nn.Module, folder: Path) -> None:
         from geossl.vis import write_report
 
-        if segments:
-            scores = evaluate_segmentation(module, test, batch_size=config.train.batch_size)
-            save_segmentation_data(folder, module, test, scores, seed=config.train.seed)
+        if isinstance(config.task, SegmentationConfig):
+            found = evaluate_segmentation(module, test, batch_size=config.train.batch_size)
+            save_segmentation_data(folder, module, test, found, seed=config.train.seed)
         log.info("report: %s", write_report(folder))
 
-    def scores(module: nn.Module) -> dict[str, float]:
-        if segments:
-            return evaluate_segmentation(module, test, batch_size=config.train.batch_size).scalars()
-        return accuracy(module, test, config.train.batch_size)
-
     hooks = Hooks(
-        probe=scores, probe_every=config.evaluate_every, best="macro_f1" if segments else "accuracy", export=export, report=report
+        probe=lambda module: score_task(module, test, config.train.batch_size),
+        probe_every=config.evaluate_every,
+        best=BEST_SCORE[config.task.name],
+        export=export,
+        report=report,
     )
     settings = dataclasses.replace(config, resume="none", train=dataclasses.replace(config.train, overwrite=False))
     if config.resume != "none" and world.is_main:
         tell_changes(settings, config.train.run_folder)
-    result = train(module, loader, config.train, config.optim, world, hooks=hooks, resume=config.resume, settings=to_yaml(settings))
-    return exit_code(result, config.train.run_folder)
+    return train(module, loader, config.train, config.optim, world, hooks=hooks, resume=config.resume, settings=to_yaml(settings))
 
 
 def labelled_part(config: FinetuneConfig) -> Any:
@@ -131,11 +136,14 @@ def labelled_part(config: FinetuneConfig) -> Any:
     return random_subset(dataset, config.labelled_samples, config.labelled_seed)
 
 
-def check_labels(dataset: Any, *, per_point: bool = False) -> None:
-    """Check that every training sample has a class, or its points have."""
-    if per_point:
+def check_labels(dataset: Any, task: Any) -> None:
+    """Check that every training sample has a class, or its points have, as ``task`` needs."""
+    if isinstance(task, (SegmentationConfig, PartSegmentationConfig)):
         if not has_point_labels(dataset):
-            raise ConfigError(f"data: the points of {dataset.config.name} have no classes, which task segmentation needs; choose lartpc")
+            hint = "lartpc" if isinstance(task, SegmentationConfig) else "shapenet_part"
+            raise ConfigError(f"data: the points of {dataset.config.name} have no classes, which task {task.name} needs; choose {hint}")
+        if isinstance(task, PartSegmentationConfig) and not hasattr(dataset, "part_counts"):
+            raise ConfigError(f"data: {dataset.config.name} has no parts of categories, which task {task.name} needs; choose shapenet_part")
         return
     missing = int((dataset.labels < 0).sum())
     if not dataset.classes or missing:
@@ -144,9 +152,14 @@ def check_labels(dataset: Any, *, per_point: bool = False) -> None:
 
 
 def with_classes(task: Any, dataset: Any) -> Any:
-    """Fill in the number of classes, and how a segmentation weighs them, where the task leaves that to the data."""
+    """Fill in the number of classes (or parts), and how a segmentation weighs them, where the task leaves that to the data."""
+    name = dataset.config.name
+    if isinstance(task, PartSegmentationConfig):
+        if task.part_counts and task.part_counts != tuple(dataset.part_counts):
+            raise ConfigError(f"task.part_counts is {task.part_counts}, but data set {name} has {dataset.part_counts}; leave it empty")
+        return dataclasses.replace(task, part_counts=tuple(dataset.part_counts))
     if task.classes and task.classes != len(dataset.classes):
-        raise ConfigError(f"task.classes is {task.classes}, but data set {dataset.config.name} has {len(dataset.classes)}; leave it at 0")
+        raise ConfigError(f"task.classes is {task.classes}, but data set {name} has {len(dataset.classes)}; leave it at 0")
     task = dataclasses.replace(task, classes=len(dataset.classes))
     if isinstance(task, SegmentationConfig) and not task.class_weights:
         task = dataclasses.replace(task, class_weights=class_weights_of(count_points(dataset)))
@@ -174,45 +187,14 @@ def build_backbone(config: FinetuneConfig) -> Any:
         log.warning("no --weights: the backbone starts from random ones")
         return config.backbone.build()
     pretrained = read_weights(config.weights)
-    if config.backbone is None:
-        return pretrained
-    backbone = config.backbone.build()
-    load_state(backbone, pretrained.state_dict(), source=config.weights)
+    state = pretrained.state_dict()
+    backbone = pretrained if config.backbone is None else config.backbone.build()
+    if backbone is not pretrained:
+        load_state(backbone, state, source=config.weights)
+    log.info(
+        "weights: all %d tensors of the encoder (%s) are from %s; the head is new", len(state), type(backbone).__name__, config.weights
+    )
     return backbone
-
-
-def read_weights(source: str) -> Any:
-    """Read a pretrained backbone from a folder, a hub id or an official checkpoint file (of any system that can be read)."""
-    if Path(source).is_file():
-        from geossl.methods.reference import find_system, load_reference
-
-        return load_reference(find_system(source), source).get_submodule("backbone")
-    if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
-        raise CheckpointError(f"{source}: no such file")
-    return load(source)
-
-
-@torch.no_grad()
-def accuracy(module: Any, dataset: Any, batch_size: int) -> dict[str, float]:
-    """Overall accuracy and mean accuracy per class of a classifier on the evaluation form of ``dataset``, in [0, 1]."""
-    device = next(module.parameters()).device
-    loader = build_loader(dataset, min(batch_size, len(dataset)), seed=0, shuffle=False, drop_last=False, augment=False)
-    right, of = np.zeros(len(dataset.classes)), np.zeros(len(dataset.classes))
-    for batch in loader.one_pass():
-        label = np.asarray(batch.label)
-        guess = module.logits(batch.to(device).points).argmax(1).cpu().numpy()
-        np.add.at(right, label, guess == label)
-        np.add.at(of, label, 1)
-    per_class = right[of > 0] / of[of > 0]
-    return {"accuracy": float(right.sum() / of.sum()), "class_accuracy": float(per_class.mean())}
-
-
-def save_task(module: nn.Module, config: FinetuneConfig, classes: list[str], folder: Path) -> None:
-    """Write the whole task (backbone and head) beside the exported backbone."""
-    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    safetensors.torch.save_file(state, folder / "task.safetensors", metadata={"format": "pt"})
-    about = {"task": dataclasses.asdict(config.task), "classes": classes}
-    (folder / "task.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(config: FinetuneConfig, classes: list[str]) -> str:

@@ -42,7 +42,7 @@ class ProbeConfig:
     """Events (points with classes): tokens of each part that the token probe takes."""
     layers: tuple[int, ...] = ()
     """Blocks whose normed outputs are read, side by side (negative counts from the end); none given: the last."""
-    pooling: Literal["mean", "mean_max", "max"] = "mean"
+    pooling: Literal["mean", "mean_max", "max", "mean_plus_max"] = "mean"
     """How the tokens of an object become one vector."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What ``geossl pretrain`` and ``geossl finetune`` share: batches, messages, exports."""
+"""What the programs that train and evaluate share: batches, messages, weights, exports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import nn
 from geossl.config import flatten, read_yaml
 from geossl.data import Loader, build_loader
 from geossl.engine import BatchLoader, Result, TrainConfig, World
-from geossl.errors import ConfigError
+from geossl.errors import CheckpointError, ConfigError
 from geossl.geometry import PackedPoints, PointBatch
-from geossl.models import save_backbone
+from geossl.models import load, save_backbone
 
 log = logging.getLogger("geossl")
 
@@ -107,6 +107,17 @@ def split_batch(batch: PointBatch, parts: int) -> list[PointBatch]:
     return pieces
 
 
+def read_weights(source: str) -> Any:
+    """Read a pretrained backbone from a folder, a hub id or an official checkpoint file (of any system that can be read)."""
+    if Path(source).is_file():
+        from geossl.methods.reference import find_system, load_reference
+
+        return load_reference(find_system(source), source).get_submodule("backbone")
+    if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
+        raise CheckpointError(f"{source}: no such file")
+    return load(source)
+
+
 def check_columns(dataset: Any, backbone: Any) -> None:
     """Check that a backbone configuration takes the columns that ``dataset`` gives."""
     wanted = getattr(backbone, "in_channels", dataset.channels)
@@ -148,6 +159,13 @@ def export_backbone(module: nn.Module, folder: Path, card: str, extra: Callable[
         extra(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def make_console() -> Any:
+    """A console as wide as the terminal, or 120 columns where the output goes elsewhere."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def exit_code(result: Result, run_folder: Path) -> int:

@@ -2,7 +2,8 @@
 
 ``DATASETS.config("objects").build("train")`` gives a data set; :func:`build_loader` gives batches of it; :func:`read_points` reads
 any single file. The files are named for what they hold: ``objects``, ``shapenet``, ``modelnet``, ``scanobjectnn``, ``folder``, ``shards``;
-particle events: ``pilarnet``, ``event_shards`` and ``lartpc`` (simulated), whose points carry classes.
+``shapenet_part``, whose points carry parts; particle events: ``pilarnet``, ``event_shards`` and ``lartpc`` (simulated), whose points carry
+classes.
 
 Posed images of whole places are :class:`SceneSample`, whatever they come from: ``SCENES.config("rooms").build("train")`` gives simulated
 furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrgbd`` and ``transforms`` read what others publish.
@@ -13,6 +14,7 @@ from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
 from geossl.data.event_files import read_events
 from geossl.data.event_shards import EventShardOptions, EventShardsConfig, write_event_shards
 from geossl.data.events import Event, EventDataConfig, EventDataset, event_sample
+from geossl.data.few_shot import ModelNet40FewShotConfig, draw_episode
 from geossl.data.folder import FileOptions, FolderConfig
 from geossl.data.gaussian_ply import read_gaussians, write_gaussians
 from geossl.data.lartpc import LArTPCConfig, LArTPCFileOptions, write_lartpc
@@ -28,6 +30,7 @@ from geossl.data.scanobjectnn import ScanObjectNNConfig
 from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
 from geossl.data.scene_readers import RGBDFolderConfig, SUNRGBDConfig, TransformsConfig
 from geossl.data.shapenet import ShapeNet55Config
+from geossl.data.shapenet_part import ShapeNetPartConfig
 from geossl.data.shard_store import check_shards
 from geossl.data.shards import ShardOptions, ShardsConfig, write_shards
 from geossl.data.simulate import LArTPCOptions, Room, RoomError, build_room, simulate_event
@@ -50,6 +53,7 @@ __all__ = [
     "LArTPCOptions",
     "Loader",
     "ModelNet40Config",
+    "ModelNet40FewShotConfig",
     "ObjectLibrary",
     "ObjectsConfig",
     "PILArNetConfig",
@@ -72,6 +76,7 @@ __all__ = [
     "SceneDataset",
     "SceneSample",
     "ShapeNet55Config",
+    "ShapeNetPartConfig",
     "ShardOptions",
     "ShardsConfig",
     "Subset",
@@ -81,6 +86,7 @@ __all__ = [
     "check_rooms",
     "check_shards",
     "collate",
+    "draw_episode",
     "event_sample",
     "group_resplit",
     "load_objects",

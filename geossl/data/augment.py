@@ -7,7 +7,7 @@ its inverse transpose and normalised again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,6 +26,8 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (2.0 / 3.0, 3.0 / 2.0)
     """Lowest and highest factor, drawn per sample and axis, uniform; (1, 1) switches scaling off."""
+    same_scale: bool = False
+    """Draw one factor for all three axes of a sample, which keeps its proportions (published for part segmentation)."""
     shift: float = 0.2
     """Largest shift along each axis, drawn uniformly from -shift..shift, in units of the normalised cloud."""
     rotation: float = 0.0
@@ -57,7 +59,7 @@ def normalize(cloud: PointCloud, source: str = "point cloud") -> PointCloud:
     size = np.sqrt(np.einsum("nc,nc->n", coord, coord).max())
     if not size > 0.0:
         raise DataError(f"{source}: all {len(cloud)} points coincide, so the cloud cannot be scaled to unit size")
-    return PointCloud(coord / size, cloud.normal, cloud.color)
+    return replace(cloud, coord=coord / size)
 
 
 def transform(cloud: PointCloud, matrix: np.ndarray, shift: np.ndarray | None = None) -> PointCloud:
@@ -70,7 +72,7 @@ def transform(cloud: PointCloud, matrix: np.ndarray, shift: np.ndarray | None = 
         normal = normal @ np.linalg.inv(matrix).astype(np.float32)
         length = np.sqrt(np.einsum("nc,nc->n", normal, normal))[:, None]
         normal = normal / np.where(length > 0.0, length, 1.0)  # a zero normal stays zero
-    return PointCloud(coord, normal, cloud.color)
+    return replace(cloud, coord=coord, normal=normal)
 
 
 def rotation_matrix(axis: Literal["x", "y", "z"], degrees: float) -> np.ndarray:
@@ -84,10 +86,18 @@ def rotation_matrix(axis: Literal["x", "y", "z"], degrees: float) -> np.ndarray:
 
 
 def scale_shift(
-    cloud: PointCloud, rng: np.random.Generator, scale: tuple[float, float] = (2.0 / 3.0, 3.0 / 2.0), shift: float = 0.2
+    cloud: PointCloud,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (2.0 / 3.0, 3.0 / 2.0),
+    shift: float = 0.2,
+    same_scale: bool = False,
 ) -> PointCloud:
-    """The published augmentation: a factor from U(scale) and a shift from U(-shift, shift), per axis, one draw per cloud."""
-    return transform(cloud, np.diag(rng.uniform(*scale, size=3)), rng.uniform(-shift, shift, size=3))
+    """The published augmentation: a factor from U(scale) and a shift from U(-shift, shift), per axis, one draw per cloud.
+
+    With ``same_scale``, the factor is one for all axes.
+    """
+    factors = np.full(3, rng.uniform(*scale)) if same_scale else rng.uniform(*scale, size=3)
+    return transform(cloud, np.diag(factors), rng.uniform(-shift, shift, size=3))
 
 
 def rotate(cloud: PointCloud, rng: np.random.Generator, degrees: float, axis: Literal["x", "y", "z"] = "z") -> PointCloud:
@@ -98,7 +108,7 @@ def rotate(cloud: PointCloud, rng: np.random.Generator, degrees: float, axis: Li
 def jitter(cloud: PointCloud, rng: np.random.Generator, std: float, clip: float = 0.05) -> PointCloud:
     """Add normal noise to the positions, clipped at ``clip``."""
     noise = np.clip(std * rng.standard_normal(cloud.coord.shape, dtype=np.float32), -clip, clip)
-    return PointCloud(cloud.coord + noise, cloud.normal, cloud.color)
+    return replace(cloud, coord=cloud.coord + noise)
 
 
 def drop_points(cloud: PointCloud, rng: np.random.Generator, share: float) -> PointCloud:
@@ -113,7 +123,7 @@ def augment(cloud: PointCloud, rng: np.random.Generator, config: AugmentConfig) 
     if config.rotation > 0.0:
         cloud = rotate(cloud, rng, config.rotation, config.rotation_axis)
     if config.shift > 0.0 or tuple(config.scale) != (1.0, 1.0):
-        cloud = scale_shift(cloud, rng, config.scale, config.shift)
+        cloud = scale_shift(cloud, rng, config.scale, config.shift, config.same_scale)
     if config.jitter > 0.0:
         cloud = jitter(cloud, rng, config.jitter, config.jitter_clip)
     if config.dropout > 0.0:

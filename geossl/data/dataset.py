@@ -133,7 +133,7 @@ class PointDataset:
             cloud = normalize(cloud, source)
         if rng is not None:
             cloud = augment(cloud, rng, config.augment)
-        return Sample(cloud.stack(), int(self.labels[row]), row)
+        return Sample(cloud.stack(), int(self.labels[row]), row, cloud.label)
 
     def _choose(self, cloud: PointCloud, rng: np.random.Generator | None) -> PointCloud:
         """Return ``config.points`` points of ``cloud`` (all, if it has fewer)."""

@@ -108,15 +108,27 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DataError: it is missing, damaged or holds something else; the message names it.
     """
+    content = _parse_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content
+
+
+def read_json_names(path: Path) -> list[str]:
+    """Read a JSON file that holds a list of texts; errors as for :func:`read_json`."""
+    content = _parse_json(path)
+    if not isinstance(content, list) or not all(isinstance(item, str) for item in content):
+        raise DataError(f"{path}: expected a list of names, got {str(content)[:80]}")
+    return content
+
+
+def _parse_json(path: Path) -> Any:
     try:
-        content = json.loads(existing(path).read_text(encoding="utf-8"))
+        return json.loads(existing(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: is damaged or truncated ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a mapping, got {type(content).__name__}")
-    return content
 
 
 def cache_folder() -> Path:

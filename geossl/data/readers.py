@@ -51,7 +51,7 @@ def read_points(
     path = existing(path)
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
-        values = _pts_columns(_read_text(path)) if suffix == ".pts" else _read_text(path)
+        values = _pts_columns(read_number_table(path)) if suffix == ".pts" else read_number_table(path)
         coord, normal, color = split_columns(values, columns, str(path))
     elif suffix == ".npy":
         coord, normal, color = split_columns(_read_npy(path), columns, str(path))
@@ -137,7 +137,7 @@ def _column_kind(values: np.ndarray, source: str, start: int) -> str:
     )
 
 
-def _read_text(path: Path) -> np.ndarray:
+def read_number_table(path: Path) -> np.ndarray:
     """Read a table of numbers, separated by blanks, commas or semicolons; one header line and # or // comments are skipped."""
     try:
         with path.open(encoding="utf-8") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -30,11 +30,13 @@ class PointCloud:
         coord: Positions, ``[N, 3]`` float32.
         normal: Unit normals, ``[N, 3]`` float32 (a zero row where there is none), or None.
         color: Red, green, blue in 0..1, ``[N, 3]`` float32, or None.
+        label: Class of each point, ``[N]`` int64, or None.
     """
 
     coord: np.ndarray
     normal: np.ndarray | None = None
     color: np.ndarray | None = None
+    label: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of points."""
@@ -42,9 +44,7 @@ class PointCloud:
 
     def __getitem__(self, rows: np.ndarray | slice) -> PointCloud:
         """Return the cloud of the selected rows (in their order)."""
-        normal = None if self.normal is None else self.normal[rows]
-        color = None if self.color is None else self.color[rows]
-        return PointCloud(self.coord[rows], normal, color)
+        return PointCloud(*(None if part is None else part[rows] for part in (self.coord, self.normal, self.color, self.label)))  # type: ignore[arg-type]
 
     def only(self, columns: Columns, source: str = "point cloud") -> PointCloud:
         """Return the cloud with no more than ``columns``.
@@ -56,7 +56,8 @@ class PointCloud:
         missing = [name for name, values in (("normal", self.normal), ("rgb", self.color)) if name in wanted and values is None]
         if missing:
             raise DataError(f"{source}: columns={columns!r} asks for {' and '.join(missing)}, which this data does not have")
-        return PointCloud(self.coord, self.normal if "normal" in wanted else None, self.color if "rgb" in wanted else None)
+        normal, color = self.normal if "normal" in wanted else None, self.color if "rgb" in wanted else None
+        return replace(self, normal=normal, color=color)
 
     def stack(self) -> np.ndarray:
         """Return ``[N, 3 | 6 | 9]`` float32: xyz, then normal, then rgb, as far as the cloud has them."""

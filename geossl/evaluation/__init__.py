@@ -6,10 +6,12 @@ a training).
 """
 
 from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_twin
+from geossl.evaluation.classification import VotingScores, evaluate_by_voting, evaluate_classification
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
 from geossl.evaluation.instances import InstanceScore, score_instances
+from geossl.evaluation.part_segmentation import PartSegmentationScores, evaluate_part_segmentation
 from geossl.evaluation.prober import Prober, quick_probe
 from geossl.evaluation.probes import PROBES, Features, ProbeProtocol, ProbeScore, probe
 from geossl.evaluation.report_data import save_report_data, save_segmentation_data
@@ -24,6 +26,7 @@ __all__ = [
     "ExtractedFeatures",
     "Features",
     "InstanceScore",
+    "PartSegmentationScores",
     "ProbeProtocol",
     "ProbeScore",
     "Prober",
@@ -32,8 +35,12 @@ __all__ = [
     "TokenProbeProtocol",
     "TokenProbeScore",
     "TokenProber",
+    "VotingScores",
     "calibrate_batchnorm",
     "embed",
+    "evaluate_by_voting",
+    "evaluate_classification",
+    "evaluate_part_segmentation",
     "evaluate_segmentation",
     "extract_features",
     "pool_tokens",

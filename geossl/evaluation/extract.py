@@ -103,7 +103,7 @@ def extract_features(
             inverse squared distances (PointNet++, Qi et al., NIPS 2017); "tokens": the tokens at their centres; "global": one vector per
             cloud.
         layers: Blocks to read; None for the normed last block, a list (or the last so many) for several side by side.
-        pooling: How tokens become one vector for output="global": "mean_max", "mean" or "max".
+        pooling: How tokens become one vector for output="global": "mean_max", "mean", "max" or "mean_plus_max".
         points: At most so many points of a cloud are shown to the encoder, chosen by farthest-point sampling. Features still come
             for every point. None: all points of tensors, data sets and events, 1,024 of other files (about the density that the shipped
             configurations train at).

@@ -14,8 +14,8 @@ from geossl import ops
 from geossl.errors import ConfigError, DataError
 from geossl.geometry import PackedPoints, Tokens
 
-Pooling = Literal["mean_max", "mean", "max"]
-POOLINGS = ("mean_max", "mean", "max")
+Pooling = Literal["mean_max", "mean", "max", "mean_plus_max"]
+POOLINGS = ("mean_max", "mean", "max", "mean_plus_max")
 
 
 @contextmanager
@@ -78,7 +78,8 @@ def pool_tokens(tokens: Tokens, pooling: Pooling = "mean_max") -> Tensor:
 
     Args:
         tokens: ``feats [T, C]`` of ``B`` samples; each sample has at least one token.
-        pooling: "mean" or "max" over the tokens (``[B, C]``), or "mean_max", both side by side (``[B, 2 C]``).
+        pooling: "mean" or "max" over the tokens, or "mean_plus_max", their sum (``[B, C]``), or "mean_max", both side by side
+            (``[B, 2 C]``).
 
     Returns:
         ``[B, C]`` or ``[B, 2 C]``, dtype of ``feats``.
@@ -96,7 +97,7 @@ def pool_tokens(tokens: Tokens, pooling: Pooling = "mean_max") -> Tensor:
     if pooling != "mean":
         empty = feats.new_zeros(len(tokens), feats.shape[1])
         parts.append(empty.scatter_reduce_(0, sample[:, None].expand_as(feats), feats, "amax", include_self=False))
-    return torch.cat(parts, 1)
+    return sum(parts) if pooling == "mean_plus_max" else torch.cat(parts, 1)  # type: ignore[return-value]
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from geossl.errors import CheckpointError, unknown_name
 from geossl.methods import point_m2ae, point_mae, polar_mae
@@ -23,16 +23,16 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
 
     Args:
         system: ``"point_mae"``, ``"point_m2ae"`` or ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE). Pretraining and fine-tuned
-            files are told apart by their weights; of Point-M2AE, pretraining files are read.
+            files are told apart by their weights.
         source: The file (``.pth``, ``.ckpt``, ``.safetensors``), or what was read from it.
         config: For files trained with other than the released numbers. point_mae and point_m2ae: the ``model`` section of the published
-            configuration.
+            configuration, and of part segmentation files what :func:`geossl.tasks.part_segmentation.convert_part_state` knows.
             polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`.
 
     Returns:
         The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`, :class:`geossl.methods.PointM2AE`,
         :class:`geossl.methods.PolarMAE`) for a pretraining file, the task (:class:`geossl.tasks.Classification`,
-        :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone`` is the encoder.
+        :class:`geossl.tasks.PartSegmentation`, :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone`` is the encoder.
 
     Raises:
         UnknownNameError: unknown ``system``.
@@ -59,6 +59,7 @@ def find_system(source: str | os.PathLike[str]) -> str:
         ("polar_mae", "encoder.pos_embed.pos_enc.0.weight"),
         ("point_mae", "pos_embed.0.weight"),
         ("point_m2ae", "rec_head.weight"),
+        ("point_m2ae", "h_encoder.encoder_pos_embeds.0.0.weight"),  # fine-tuned, of I2P-MAE too: the weights do not tell them apart
     ):
         if any(name.endswith(marker) for name in names):
             return system
@@ -66,13 +67,16 @@ def find_system(source: str | os.PathLike[str]) -> str:
 
 
 def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
-    from geossl.tasks import classification
+    from geossl.tasks import classification, part_segmentation
 
     state = read_reference_state(source)
     name = "the given state" if isinstance(source, Mapping) else source
     if any(key.startswith("cls_head_finetune.") for key in state):
         (backbone_config, task_config), converted = classification.convert_reference_state(state, config)
         model: nn.Module = task_config.build(PointViT(backbone_config))
+    elif any(key.startswith("label_conv.") for key in state):
+        (parts_config, parts_task), converted = part_segmentation.convert_part_state(state, config)
+        model = parts_task.build(parts_config.build())
     else:
         (encoder_config, method_config), converted = point_mae.convert_reference_state(state, config)
         model = method_config.build(PointViT(encoder_config))
@@ -81,9 +85,32 @@ def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
 
 
 def _point_m2ae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
-    (encoder_config, method_config), converted = point_m2ae.convert_reference_state(read_reference_state(source), config)
+    state = read_reference_state(source)
+    name = "the given state" if isinstance(source, Mapping) else source
+    tuned = load_tuned_scales(state, config, name, max_skips_first=True)
+    if tuned is not None:
+        return tuned
+    (encoder_config, method_config), converted = point_m2ae.convert_reference_state(state, config)
     model = method_config.build(PointM2AEEncoder(encoder_config))
-    load_state(model, converted, source="the given state" if isinstance(source, Mapping) else source)
+    load_state(model, converted, source=name)
+    return model
+
+
+def load_tuned_scales(
+    state: Mapping[str, Tensor], config: Mapping[str, Any] | None, name: str, *, max_skips_first: bool
+) -> nn.Module | None:
+    """The fine-tuned model of a Point-M2AE or I2P-MAE ``state`` called ``name``; None where it is no fine-tuned one."""
+    from geossl.tasks import classification, part_segmentation
+
+    if any(key.startswith("cls_head_finetune.") for key in state):
+        (encoder_config, task_config), converted = classification.convert_coarsest_state(state, config, max_skips_first=max_skips_first)
+        model: nn.Module = task_config.build(PointM2AEEncoder(encoder_config))
+    elif any(key.startswith("label_conv.") for key in state):
+        (parts_config, parts_task), converted = part_segmentation.convert_part_state(state, config)
+        model = parts_task.build(parts_config.build())
+    else:
+        return None
+    load_state(model, converted, source=name)
     return model
 
 

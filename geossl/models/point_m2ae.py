@@ -369,13 +369,16 @@ def convert_reference_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def reference_encoder_config(encoder: Mapping[str, Tensor], config: Mapping[str, Any]) -> PointM2AEEncoderConfig:
+def reference_encoder_config(
+    encoder: Mapping[str, Tensor], config: Mapping[str, Any], *, fine_tuned: bool = False
+) -> PointM2AEEncoderConfig:
     """The parity configuration of a converted encoder: widths and depths are the weights', the rest is ``config``'s or as released.
 
     Args:
         encoder: From :func:`convert_reference_encoder`.
         config: The ``model`` section of the published configuration: ``num_groups``, ``group_sizes``, ``local_radius``, ``num_heads``,
             ``drop_path_rate``.
+        fine_tuned: Whether the weights are of a fine-tuned model, which sees every token and for which ``local_radius`` keeps tokens apart.
     """
     scales = 1 + max(int(key.split(".")[1]) for key in encoder if key.startswith("embeds."))
     blocks = [{int(key.split(".")[3]) for key in encoder if key.startswith(f"blocks.{i}.")} for i in range(scales)]
@@ -392,9 +395,9 @@ def reference_encoder_config(encoder: Mapping[str, Tensor], config: Mapping[str,
         embed_widths=(first.shape[0], encoder["embeds.0.conv2.weight"].shape[0], encoder["embeds.0.conv3.weight"].shape[0]),
         drop_path=config.get("drop_path_rate", 0.1),
         min_sq_norm=1e-3,
-        first_token_visible=True,
-        drop_uncovered=True,
-        padding_attended=True,
+        first_token_visible=not fine_tuned,
+        drop_uncovered=not fine_tuned,
+        padding_attended=not fine_tuned,
     )
 
 

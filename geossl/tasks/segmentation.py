@@ -178,11 +178,7 @@ class PointHead(nn.Module):
         Returns:
             Logits ``[M, classes]`` float32.
         """
-        dim = x.shape[1]
-        hidden = F.linear(x, self.conv1.weight[:, :dim])
-        if global_features is not None:
-            shared = F.linear(global_features.to(x.dtype), self.conv1.weight[:, dim:])
-            hidden = hidden + shared.repeat_interleave(offsets.diff(), 0, output_size=x.shape[0])
+        hidden = linear_with_shared(self.conv1, x, global_features, offsets)
         hidden = self.dropout(F.relu(self.norm1(hidden)))
         return self.conv3(F.relu(self.norm2(self.conv2(hidden)))).float()
 
@@ -246,15 +242,8 @@ class Segmentation(nn.Module):
         Raises:
             ValueError: the points have no labels, or a label is out of range.
         """
-        label = batch.point_label
-        if label is None:
-            raise ValueError("Segmentation: the batch has no point_label; choose a data set with a class for each point")
+        label = checked_point_label("Segmentation", batch, self.config.classes)
         known = label >= 0
-        if label.numel() and not -1 <= int(label.min()) <= int(label.max()) < self.config.classes:
-            raise ValueError(
-                f"Segmentation: point_label must lie in 0..{self.config.classes - 1}, or be -1 for points that do not count, "
-                f"got {int(label.min())}..{int(label.max())}"
-            )
         log_probs = self.log_probs(batch.points, random=BatchRandom.of(batch, generator))
         loss = focal_loss(log_probs[known], label[known], self.class_weights, self.config.gamma)
         right = log_probs.argmax(1) == label
@@ -311,6 +300,35 @@ class Segmentation(nn.Module):
         self.backbone.set_grad_checkpointing(enabled)
         if self.decoder is not None:
             self.decoder.grad_checkpointing = enabled
+
+
+def linear_with_shared(layer: nn.Linear, x: Tensor, shared: Tensor | None, offsets: Tensor) -> Tensor:
+    """``layer([point, what its cloud shares])``, the latter's part computed once a cloud.
+
+    Args:
+        layer: Takes the columns of ``x``, then those of ``shared``.
+        x: ``[M, C]``.
+        shared: ``[B, D]``; None where the layer takes the points alone.
+        offsets: Clouds of the points, ``[B + 1]`` int64.
+    """
+    if shared is None:
+        return layer(x)
+    dim = x.shape[1]
+    from_cloud = F.linear(shared.to(x.dtype), layer.weight[:, dim:], layer.bias)
+    return F.linear(x, layer.weight[:, :dim]) + from_cloud.repeat_interleave(offsets.diff(), 0, output_size=x.shape[0])
+
+
+def checked_point_label(task: str, batch: PointBatch, classes: int) -> Tensor:
+    """The classes of the points of ``batch``, ``[M]`` in ``0..classes - 1`` or -1; any other is refused by a message beginning ``task``."""
+    label = batch.point_label
+    if label is None:
+        raise ValueError(f"{task}: the batch has no point_label; choose a data set with a class for each point")
+    if label.numel() and not -1 <= int(label.min()) <= int(label.max()) < classes:
+        raise ValueError(
+            f"{task}: point_label must lie in 0..{classes - 1}, or be -1 for points that do not count, "
+            f"got {int(label.min())}..{int(label.max())}"
+        )
+    return label
 
 
 def fuse_layers(hidden: list[Tensor], *, batchwide: bool) -> Tensor:

@@ -57,6 +57,7 @@ CURVE_TITLES = {
     "svm": "Probe: linear SVM on frozen features",
     "token_f1": "Probe: F1 of linear SVMs on frozen tokens",
     "macro_f1": "F1 on the test part",
+    "instance_miou": "Instance mIoU on the test part",
     "accuracy": "Accuracy on the test part",
 }
 NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall", "eta")

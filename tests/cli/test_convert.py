@@ -14,8 +14,10 @@ from safetensors import safe_open
 
 import geossl
 from geossl.cli import run
+from geossl.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/golden/i2p_mae"
 
 
 @pytest.fixture
@@ -38,6 +40,25 @@ def test_the_written_folder_gives_the_same_features(official, tmp_path):
     assert f"geossl.load({str(out)!r})" in done.stdout
     model = geossl.load_reference("point_mae", weights, yaml.safe_load(config.read_text())["model"])
     assert torch.equal(geossl.load(out)(points).feats, model.backbone(points).feats)
+
+
+def test_a_classifier_keeps_its_head(tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    head, encoder = (load_file(GOLDEN / f"i2p_mae_{name}.safetensors") for name in ("finetune_tiny", "tiny"))
+    state = {k.removeprefix("state_dict."): v for k, v in encoder.items() if k.startswith("state_dict.h_encoder.") and "norms" not in k}
+    state |= {k.removeprefix("modelnet.state_dict."): v for k, v in head.items() if k.startswith("modelnet.state_dict.")}
+    with safe_open(GOLDEN / "i2p_mae_finetune_tiny.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    torch.save({"base_model": state}, tmp_path / "modelnet.pth")
+    (tmp_path / "modelnet.yaml").write_text(yaml.safe_dump({"model": config}))
+    flags = ["--system", "point_m2ae", "--config", str(tmp_path / "modelnet.yaml")]
+    assert run("convert", [str(tmp_path / "modelnet.pth"), str(tmp_path / "out"), *flags]) == 0
+    assert "geossl.tasks.load_task" in capsys.readouterr().out
+    model = load_task(tmp_path / "out")
+    assert (len(model.classes), model.config.label_smoothing) == (40, config["smooth"])
+    torch.testing.assert_close(model.logits(head["points"].float()), head["modelnet.logits"], rtol=1e-4, atol=2e-5)
+    assert geossl.load(tmp_path / "out").config.local_radius == tuple(config["local_radius"])
 
 
 def test_errors_are_one_line_and_write_nothing(official, tmp_path, capsys):

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import geossl
 from geossl.cli import evaluate, run
+from geossl.config import load_config
 from geossl.data import DATASETS
 from geossl.errors import ConfigError, DataError
 from geossl.models import save_backbone
 
+ROOT = Path(__file__).parents[2]
 TINY = {"dim": 12, "depth": 2, "heads": 2, "groups": 4, "group_size": 4}
 
 
@@ -53,6 +57,33 @@ def test_flags_win_over_the_run(export, tmp_path, monkeypatch):
     assert (seen["config"].resplits, seen["config"].layers) == (7, (0, 1))
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/evaluate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_valid(path):
+    config = load_config(evaluate.EvaluateConfig, path)
+    if "svm" in path.stem:
+        assert config.pooling == ("max" if "i2p_mae" in path.stem else "mean_plus_max")
+        assert "svm_published" in config.probes
+
+
+def test_a_probe_before_the_model(export, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    flags = ["--resplits", "1", "--pooling", "mean_plus_max", "--published_c", "0.012", "--out", str(out)]
+    assert evaluate.main(["svm", str(export), *flags]) == 0
+    summary = json.loads(out.read_text())
+    assert [score["probe"] for score in summary["scores"]] == ["svm", "svm_cv", "svm_published"]
+    assert (summary["pooling"], summary["protocol"]["published_c"]) == ("mean_plus_max", 0.012)
+    assert "chose it by looking at the test part" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_official_file_is_probed(tmp_path, capsys):
+    golden = load_file(ROOT / "tests/golden/i2p_mae/point_mae_tiny.safetensors")
+    state = {name.removeprefix("state_dict."): value for name, value in golden.items() if name.startswith("state_dict.")}
+    torch.save({"base_model": state}, tmp_path / "pretrain.pth")
+    args = ["knn", str(tmp_path / "pretrain.pth"), "--data.points", "64", "--resplits", "1", "--out", str(tmp_path / "a.json")]
+    assert evaluate.main(args) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["scores"][0]["probe"] == "knn"
+
+
 def test_columns_follow_the_backbone():
     objects = DATASETS.config("objects")
     assert evaluate.fitting_columns(objects, 3).columns == "xyz"
@@ -63,6 +94,9 @@ def test_columns_follow_the_backbone():
     ("args", "message"),
     [
         ([], "name a model first"),
+        (["svm"], "name a model first"),
+        (["no_such.pth"], "no_such.pth: no such file"),
+        (["point_vit_tiny", "--published_c", "0"], "published_c must be > 0, got 0"),
         (["point_vit_tiny", "--data.name", "object"], "did you mean 'objects'"),
         (["point_vit_tiny", "--resplit", "3"], "resplits"),
         (["point_vit_tiny", "--resplits", "0"], "resplits must be at least 1, got 0"),

@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import geossl
 from geossl.cli import run
-from geossl.cli.finetune import FinetuneConfig, accuracy, count_points, labelled_part, read_weights
+from geossl.cli.finetune import FinetuneConfig, count_points, labelled_part
+from geossl.cli.training import read_weights
 from geossl.config import load_config
 from geossl.data import DATASETS
 from geossl.errors import CheckpointError
+from geossl.evaluation import evaluate_classification, evaluate_part_segmentation
 from geossl.methods.reference import find_system
+from geossl.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs/finetune/smoke.yaml")
@@ -29,7 +35,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/finetune").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_are_valid(path: Path) -> None:
     config = load_config(FinetuneConfig, path)
-    assert config.task.name == ("segmentation" if "segmentation" in path.stem else "classification")
+    parts, events = path.stem.startswith(("part_", "shapenet_part")), "polar_mae" in path.stem
+    assert config.task.name == ("part_segmentation" if parts else "segmentation" if events else "classification")
+    assert bool(config.few_shot.way) is ("few_shot" in path.stem)
+    if not parts:
+        config = dataclasses.replace(config, task=dataclasses.replace(config.task, classes=4))
+    else:
+        config = dataclasses.replace(config, task=dataclasses.replace(config.task, part_counts=(2, 3)))
+    if config.backbone is not None:
+        config.task.build(config.backbone.build())  # task and backbone fit together
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +107,7 @@ def test_accuracy_counts() -> None:
             return torch.eye(len(dataset.classes))[torch.full((len(points),), 3)]
 
     share = float((dataset.labels == 3).mean())
-    scores = accuracy(Guess(), dataset, 50)
+    scores = evaluate_classification(Guess(), dataset, batch_size=50)
     assert scores["accuracy"] == pytest.approx(share)
     assert scores["class_accuracy"] == pytest.approx(1 / len(set(dataset.labels.tolist())))
 
@@ -132,6 +146,129 @@ def test_weights_of_another_model(pretrained: Path, tmp_path: Path, capsys: pyte
 def test_neither_weights_nor_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("finetune", ["--data.subset", "labelled", "--train.run_folder", str(tmp_path / "run")]) == 2
     assert "give --weights" in capsys.readouterr().err
+
+
+def test_a_hierarchical_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a pretraining run with its own radius: the classifier's configuration decides, all weights of the encoder are loaded."""
+    path = ROOT / "configs/finetune/point_m2ae_smoke.yaml"
+    config = load_config(FinetuneConfig, path)
+    backbone = dataclasses.replace(config.backbone, local_radius=(0.0, 0.0, 0.0)).build()
+    geossl.models.save_backbone(backbone, tmp_path / "pretrained")
+    flags = [str(path), *QUICK, "--train.run_folder", str(tmp_path / "run")]
+    assert run("finetune", [*flags, "--weights", str(tmp_path / "pretrained")]) == 0
+    assert f"weights: all {len(backbone.state_dict())} tensors of the encoder (PointM2AEEncoder) are from" in capsys.readouterr().err
+    task = load_task(tmp_path / "run")
+    assert task.backbone.config.local_radius == (0.32, 0.64, 1.28)
+    assert len(task.classes) == 15
+    points = torch.rand(2, 64, 3)
+    whole = load_file(tmp_path / "run/export/task.safetensors")
+    assert torch.equal(task.state_dict()["head.8.weight"], whole["head.8.weight"])
+    assert task.logits(points).shape == (2, 15)
+
+
+def test_a_task_that_is_none(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no task\.json, nor does its export"):
+        load_task(pretrained)
+    folder = geossl.models.save_backbone(geossl.load(pretrained), tmp_path / "folder")
+    (folder / "task.json").write_text('{"task": {"name": "clasification"}, "classes": []}')
+    with pytest.raises(CheckpointError, match=r"task\.json is not a task geossl wrote: .*did you mean 'classification'"):
+        load_task(folder)
+
+
+PARTS = str(ROOT / "configs/finetune/part_segmentation_smoke.yaml")
+
+
+@pytest.mark.parametrize("backbone", ["point_vit", "point_m2ae"])
+def test_part_segmentation(backbone: str, shapenet_part_root: Path, tmp_path: Path) -> None:
+    folder, flags = tmp_path / "run", [*QUICK, "--train.batch_size", "4", "--data.root", str(shapenet_part_root), "--train.steps", "3"]
+    if backbone == "point_m2ae":
+        flags += ["--backbone.name", "point_m2ae_tiny", "--backbone.groups", "32", "16", "8"]
+    assert run("finetune", [PARTS, *flags, "--train.run_folder", str(folder)]) == 0
+    probed = [row for row in rows(folder) if "probe/instance_miou" in row]
+    assert {"probe/class_miou", "probe/accuracy", "probe/iou_bag", "probe/iou_table"} <= set(probed[-1])
+    assert "Instance mIoU on the test part" in (folder / "report.html").read_text()
+    task = load_task(folder)
+    assert task.config.part_counts[1] == 2
+    test = load_config(FinetuneConfig, folder / "config.yaml").data.build("test")
+    assert evaluate_part_segmentation(task, test).instance_miou == pytest.approx(probed[-1]["probe/instance_miou"])
+
+
+FEW_SHOT = str(ROOT / "configs/finetune/few_shot_smoke.yaml")
+QUICK_FEW = [*QUICK, "--train.steps", "2", "--few_shot.test_per_class", "3", "--few_shot.way", "3"]
+
+
+def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "episodes"
+    flags = [FEW_SHOT, *QUICK_FEW, "--weights", str(pretrained), "--train.run_folder", str(folder)]
+    assert run("finetune", flags) == 0
+    summary = json.loads((folder / "few_shot.json").read_text())
+    last = [[row["probe/accuracy"] for row in rows(folder / f"fold_0{fold}") if "probe/accuracy" in row][-1] for fold in (0, 1)]
+    assert summary["folds_accuracy"] == last
+    assert summary["mean"] == pytest.approx(sum(last) / 2)
+    assert summary["std"] == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
+    assert "selected on its test part" in summary["best_on_test"]["about"]
+    assert load_task(folder / "fold_01").config.classes == 3
+    assert "3-way 5-shot on objects" in capsys.readouterr().out
+    assert run("finetune", flags) == 2
+    assert "is not empty; --resume auto continues it" in capsys.readouterr().err
+    before = (folder / "fold_00/metrics.jsonl").stat().st_mtime_ns
+    assert run("finetune", [*flags, "--resume", "auto", "--few_shot.folds", "3"]) == 0
+    assert (folder / "fold_00/metrics.jsonl").stat().st_mtime_ns == before
+    assert json.loads((folder / "few_shot.json").read_text())["folds_accuracy"][:2] == last
+
+
+@pytest.mark.parametrize("classifier", ["linear", "svm"])
+def test_few_shot_by_a_probe(classifier: str, pretrained: Path, tmp_path: Path) -> None:
+    flags = [FEW_SHOT, *QUICK_FEW, "--weights", str(pretrained), "--train.run_folder", str(tmp_path / "run")]
+    assert run("finetune", [*flags, "--few_shot.classifier", classifier]) == 0
+    summary = json.loads((tmp_path / "run/few_shot.json").read_text())
+    assert len(summary["folds_accuracy"]) == 2
+    assert "best_on_test" not in summary
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["few_shot.json"]
+
+
+def test_published_episodes(pretrained: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "data/2way_4shot").mkdir(parents=True)
+    for fold in (0, 1):
+        part = [
+            (rng.normal(size=(80, 3)).astype(np.float32) * (1, 1, 0.02 if label == 5 else 1), label) for label in (5, 9) for _ in range(8)
+        ]
+        (tmp_path / f"data/2way_4shot/{fold}.pkl").write_bytes(pickle.dumps({"train": part, "test": part}))
+    flags = [
+        str(ROOT / "configs/finetune/modelnet40_few_shot_point_mae.yaml"),
+        "--data.root",
+        str(tmp_path / "data"),
+        "--data.points",
+        "64",
+    ]
+    flags += ["--few_shot.way", "2", "--few_shot.shot", "4", "--few_shot.folds", "2", "--few_shot.classifier", "linear"]
+    assert run("finetune", [*flags, "--weights", str(pretrained), "--train.run_folder", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run/few_shot.json").read_text())
+    assert (summary["way"], summary["shot"], len(summary["folds_accuracy"])) == (2, 4, 2)
+    assert min(summary["folds_accuracy"]) > 0.7  # trained and tested on the same shapes, balls and discs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([FEW_SHOT, "--few_shot.way", "1"], "few_shot.way must be at least 2, or 0 for no episodes, got 1"),
+        ([FEW_SHOT, "--few_shot.shot", "50"], "lower way, shot or test_per_class"),
+        ([FEW_SHOT, "--resume", "runs/other"], "resume: few_shot continues its own folds, with auto, got 'runs/other'"),
+        ([FEW_SHOT, "--labelled_samples", "5"], "labelled_samples must be 0 with few_shot, got 5"),
+        ([FEW_SHOT, "--task.name", "part_segmentation"], "few_shot: needs task classification, got part_segmentation"),
+        ([SMOKE, "--task.name", "part_segmentation"], "the points of objects have no classes, which task part_segmentation needs; choose"),
+        ([PARTS, "--data.root", "nowhere"], "nowhere: this folder does not exist"),
+        ([PARTS, "--data.categories", "tabel"], "data: unknown category 'tabel'; did you mean 'table'"),
+    ],
+)
+def test_bad_input_of_episodes_and_parts(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("finetune", arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 EVENTS = str(ROOT / "configs/finetune/polar_mae_segmentation_smoke.yaml")
@@ -183,7 +320,7 @@ def test_an_official_checkpoint_of_polar_mae(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data.name", "objects"], "the points of objects have no classes, which task segmentation needs"),
+        (["--data.name", "objects"], "the points of objects have no classes, which task segmentation needs; choose lartpc"),
         (["--labelled_samples", "7"], "labelled_samples: 7 were asked for, but lartpc has 6"),
         (["--labelled_samples", "-1"], "labelled_samples must not be negative"),
         (["--task.layers", "5"], "layers: block 5 does not exist; the backbone has 2"),

@@ -38,10 +38,11 @@ def test_embed_options(encoder, train_shapes):
     both = embed(encoder, train_shapes)
     np.testing.assert_array_equal(both[:, :8], embed(encoder, train_shapes, pooling="mean"))
     np.testing.assert_array_equal(both[:, 8:], embed(encoder, train_shapes, pooling="max"))
+    np.testing.assert_array_equal(both[:, :8] + both[:, 8:], embed(encoder, train_shapes, pooling="mean_plus_max"))
     np.testing.assert_array_equal(both, embed(encoder, train_shapes, layers=[-1]))
     assert embed(encoder, train_shapes, layers=[0, 1]).shape == (53, 32)
     assert (embed(encoder, train_shapes, points=16) != both).any()
-    with pytest.raises(ValueError, match="pooling must be one of mean_max, mean, max, got 'sum'"):
+    with pytest.raises(ValueError, match="pooling must be one of mean_max, mean, max, mean_plus_max, got 'sum'"):
         embed(encoder, train_shapes, pooling="sum")
     with pytest.raises(ConfigError, match="layers: no block is named; the backbone has 2 blocks"):
         embed(encoder, train_shapes, layers=[])

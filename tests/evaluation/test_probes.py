@@ -109,3 +109,16 @@ def test_bad_features_teach():
         ProbeProtocol(probes=("svn",))
     with pytest.raises(ValueError, match="svm_c must be > 0, got 0"):
         ProbeProtocol(svm_c=0.0)
+
+
+def test_the_published_svm_is_neither_scaled_nor_searched():
+    from sklearn.svm import SVC
+
+    features = blobs(1.5)
+    (score,) = probe(features, ProbeProtocol(probes=("svm_published",), resplit_seeds=(), published_c=0.0093))
+    train = ~features.test
+    expected = SVC(C=0.0093, kernel="linear").fit(features.values[train], features.labels[train])
+    assert score.official == pytest.approx(expected.score(features.values[features.test], features.labels[features.test]))
+    assert "svm_published" not in ProbeProtocol().probes  # its C was chosen on the test part: only where it is asked for
+    with pytest.raises(ValueError, match="published_c must be > 0, got 0"):
+        ProbeProtocol(published_c=0)

@@ -1,0 +1,19 @@
+"""How a task is scored on a test part, whatever the task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geossl.evaluation import evaluate_classification, evaluate_part_segmentation, evaluate_segmentation
+
+BEST_SCORE = {"classification": "accuracy", "segmentation": "macro_f1", "part_segmentation": "instance_miou"}
+"""The score of each task that tells which checkpoint is the best."""
+
+
+def score_task(module: Any, dataset: Any, batch_size: int) -> dict[str, float]:
+    """Scores of a task on the evaluation form of ``dataset``, in [0, 1], by name."""
+    if module.config.name == "segmentation":
+        return evaluate_segmentation(module, dataset, batch_size=batch_size).scalars()
+    if module.config.name == "part_segmentation":
+        return evaluate_part_segmentation(module, dataset, batch_size=batch_size).scalars()
+    return evaluate_classification(module, dataset, batch_size=batch_size)
