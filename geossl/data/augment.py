@@ -7,7 +7,7 @@ its inverse transpose and normalised again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -57,7 +57,7 @@ def normalize(cloud: PointCloud, source: str = "point cloud") -> PointCloud:
     size = np.sqrt(np.einsum("nc,nc->n", coord, coord).max())
     if not size > 0.0:
         raise DataError(f"{source}: all {len(cloud)} points coincide, so the cloud cannot be scaled to unit size")
-    return PointCloud(coord / size, cloud.normal, cloud.color)
+    return replace(cloud, coord=coord / size)
 
 
 def transform(cloud: PointCloud, matrix: np.ndarray, shift: np.ndarray | None = None) -> PointCloud:
@@ -70,7 +70,7 @@ def transform(cloud: PointCloud, matrix: np.ndarray, shift: np.ndarray | None = 
         normal = normal @ np.linalg.inv(matrix).astype(np.float32)
         length = np.sqrt(np.einsum("nc,nc->n", normal, normal))[:, None]
         normal = normal / np.where(length > 0.0, length, 1.0)  # a zero normal stays zero
-    return PointCloud(coord, normal, cloud.color)
+    return replace(cloud, coord=coord, normal=normal)
 
 
 def rotation_matrix(axis: Literal["x", "y", "z"], degrees: float) -> np.ndarray:
@@ -98,7 +98,7 @@ def rotate(cloud: PointCloud, rng: np.random.Generator, degrees: float, axis: Li
 def jitter(cloud: PointCloud, rng: np.random.Generator, std: float, clip: float = 0.05) -> PointCloud:
     """Add normal noise to the positions, clipped at ``clip``."""
     noise = np.clip(std * rng.standard_normal(cloud.coord.shape, dtype=np.float32), -clip, clip)
-    return PointCloud(cloud.coord + noise, cloud.normal, cloud.color)
+    return replace(cloud, coord=cloud.coord + noise)
 
 
 def drop_points(cloud: PointCloud, rng: np.random.Generator, share: float) -> PointCloud:

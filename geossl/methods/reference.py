@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from geossl.errors import CheckpointError, unknown_name
-from geossl.methods import point_m2ae, point_mae, polar_mae
+from geossl.methods import i2p_mae, point_m2ae, point_mae, polar_mae
 from geossl.models.checkpoints import load_state, read_reference_state
 from geossl.models.point_m2ae import PointM2AEEncoder
 from geossl.models.point_vit import PointViT
@@ -22,17 +22,18 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
     Files are read without executing pickled code; any missing or unexpected weight is an error that lists the names.
 
     Args:
-        system: ``"point_mae"``, ``"point_m2ae"`` or ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE). Pretraining and fine-tuned
-            files are told apart by their weights; of Point-M2AE, pretraining files are read.
+        system: ``"point_mae"``, ``"point_m2ae"``, ``"i2p_mae"`` or ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE). Pretraining and
+            fine-tuned files are told apart by their weights; of Point-M2AE and I2P-MAE, pretraining files are read. The 2D teacher in a
+            file of I2P-MAE is left out; :func:`geossl.methods.reference_teacher` reads it.
         source: The file (``.pth``, ``.ckpt``, ``.safetensors``), or what was read from it.
-        config: For files trained with other than the released numbers. point_mae and point_m2ae: the ``model`` section of the published
-            configuration.
+        config: For files trained with other than the released numbers. point_mae, point_m2ae and i2p_mae: the ``model`` section of the
+            published configuration.
             polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`.
 
     Returns:
         The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`, :class:`geossl.methods.PointM2AE`,
-        :class:`geossl.methods.PolarMAE`) for a pretraining file, the task (:class:`geossl.tasks.Classification`,
-        :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone`` is the encoder.
+        :class:`geossl.methods.I2PMAE`, :class:`geossl.methods.PolarMAE`) for a pretraining file, the task
+        (:class:`geossl.tasks.Classification`, :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone`` is the encoder.
 
     Raises:
         UnknownNameError: unknown ``system``.
@@ -59,6 +60,7 @@ def find_system(source: str | os.PathLike[str]) -> str:
         ("polar_mae", "encoder.pos_embed.pos_enc.0.weight"),
         ("point_mae", "pos_embed.0.weight"),
         ("point_m2ae", "rec_head.weight"),
+        ("i2p_mae", "rec_head_2d.weight"),
     ):
         if any(name.endswith(marker) for name in names):
             return system
@@ -87,6 +89,13 @@ def _point_m2ae(source: str | Mapping[str, Any], config: Mapping[str, Any] | Non
     return model
 
 
+def _i2p_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
+    (encoder_config, method_config), converted = i2p_mae.convert_reference_state(read_reference_state(source), config)
+    model = method_config.build(PointM2AEEncoder(encoder_config))
+    load_state(model, converted, source="the given state" if isinstance(source, Mapping) else source)
+    return model
+
+
 def _polar_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
     state = polar_mae.strip_prefix(read_reference_state(source, skip_objects=True))  # Lightning files hold their hyper-parameters' classes
     name = "the given state" if isinstance(source, Mapping) else source
@@ -105,6 +114,7 @@ def _polar_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
 REFERENCES: dict[str, Callable[[Any, Mapping[str, Any] | None], nn.Module]] = {
     "point_mae": _point_mae,
     "point_m2ae": _point_m2ae,
+    "i2p_mae": _i2p_mae,
     "polar_mae": _polar_mae,
 }
 """Systems whose official checkpoints can be read."""
