@@ -109,6 +109,10 @@ class CloudTeacher:
             ValueError: a cloud has no point or one that is not finite.
             DataError: the store cannot be written.
         """
+        with torch.autocast(clouds.coord.device.type, enabled=False):
+            return self._answer(clouds, fixed)
+
+    def _answer(self, clouds: PackedPoints, fixed: bool) -> CloudOutput:
         device = clouds.coord.device
         if not fixed:
             views = project_views(clouds, self.size)
