@@ -65,7 +65,7 @@ def share_of_rows(rows: int, samples: int, device: torch.device) -> Tensor | flo
     """
     if world_size() == 1:
         return 1.0
-    all_rows, all_samples = sum_over_ranks(torch.tensor([rows, samples], dtype=torch.float32, device=device))
+    all_rows, all_samples = sum_over_ranks(torch.tensor([rows, samples], dtype=torch.float64, device=device))
     return rows / all_rows.clamp(min=1) * all_samples / max(samples, 1)
 
 

@@ -17,6 +17,7 @@ checksum is wrong is made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -211,7 +212,8 @@ class TeacherStore:
             save_file(tensors, temporary, {"crc32": _checksum(TeacherOutput(**tensors)), "teacher": teacher.fingerprint})
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise DataError(f"{path}: could not be written ({error}); is the disk full? teacher_store: null stores nothing") from error
 
 
