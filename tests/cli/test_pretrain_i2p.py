@@ -139,7 +139,10 @@ def test_a_killed_run_continues_bit_for_bit(finished: Path, tmp_path: Path) -> N
         (["--method.teacher.name", "clip_vit_base_patch16"], "teacher 'clip_vit_base_patch16' needs weights=<file>"),
         (["--method.teacher.name", "clip_vit_base_patch16", "--method.teacher.weights", "nowhere.pt"], "nowhere.pt cannot be read"),
         (["--method.teacher.name", "clip_vit_base_patch16", "--method.teacher.weights", "FILE"], "has SHA-256"),
-        (["--method.teacher.name", "mobilenet_v2", "--method.teacher.weights", "FILE", "--method.teacher.sha256", "DIGEST"], "does not fit"),
+        (
+            ["--method.teacher.name", "mobilenet_v2", "--method.teacher.weights", "FILE", "--method.teacher.sha256", "DIGEST"],
+            "does not fit",
+        ),
         (["--method.teacher.name", "mobilenet_v3"], "unknown teacher 'mobilenet_v3'; did you mean 'mobilenet_v2'"),
         (["--method.teacher_store", "STORE"], "teacher_store needs teacher_view: original"),
         (["--method.teacher_store", "STORE", "--method.teacher_view", "original"], "other points each time"),
