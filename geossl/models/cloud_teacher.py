@@ -96,7 +96,6 @@ class CloudTeacher:
             )
         self._teacher = teacher
 
-    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, clouds: PackedPoints, *, fixed: bool = False) -> CloudOutput:
         """Look at clouds. What is said of a cloud does not depend on its batch.
