@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from geossl import ops
 from geossl.errors import CheckpointError, ConfigError, unknown_name
 from geossl.geometry import Output, PackedPoints, PointBatch
-from geossl.layers import BatchRandom, back_project, gathered_regression_loss, random_mask, splat_depth, weighted_mask
+from geossl.layers import BatchRandom, back_project, fit_views, gathered_regression_loss, random_mask, splat_depth, weighted_mask
 from geossl.layers.projection import VIEWS
 from geossl.methods.point_m2ae import (
     PointM2AE,
@@ -239,7 +239,7 @@ class I2PMAE(PointM2AE):
     def _draw(self, batch: PointBatch, output: Output) -> list[dict[str, np.ndarray]]:
         pictures = super()._draw(batch, output)
         clouds, coarsest = self.looked_at(batch), output.aux["scales"][-1]
-        depth = splat_depth(clouds, self.look(batch).frames).sigmoid().unflatten(0, (VIEWS, -1)).transpose(0, 1)
+        depth = splat_depth(clouds, fit_views(clouds, self.teacher.size)).sigmoid().unflatten(0, (VIEWS, -1)).transpose(0, 1)
         lengths = list(coarsest.segments.lengths)
         parts = (depth, coarsest.centers.split(lengths), output.aux["saliency"].split(lengths))
         for picture, *values in zip(pictures, *parts, strict=True):
