@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from geossl.errors import ConfigError, DataError
@@ -208,9 +208,9 @@ class TeacherStore:
         tensors = {name: value.contiguous().cpu() for name, value in output._asdict().items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"crc32": _checksum(TeacherOutput(**tensors)), "teacher": teacher.fingerprint})
+            temporary.write_bytes(save(tensors, {"crc32": _checksum(TeacherOutput(**tensors)), "teacher": teacher.fingerprint}))
             os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise DataError(f"{path}: could not be written ({error}); is the disk full? teacher_store: null stores nothing") from error

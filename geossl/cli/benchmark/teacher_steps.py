@@ -118,7 +118,7 @@ def _projection_case(quick: bool) -> Case:
     points = step.batch.points
     images = project_views(points).images
     return Case(
-        inputs=f"{step.inputs.partition(',')[0]}; three images of each",
+        inputs=f"{_words(points)}, three images of each",
         run=lambda: project_views(points).images,
         moved=points_bytes(points) + nbytes(images),
         moved_is="points read, images written",
@@ -127,6 +127,10 @@ def _projection_case(quick: bool) -> Case:
         peers={"plain torch": lambda: plain_images(points)},
         differs=lambda a, b: relative_difference(a, b, 1e-5, "images"),
     )
+
+
+def _words(points: PackedPoints) -> str:
+    return f"{len(points)} x {len(points.coord) // len(points):,} points"
 
 
 def plain_images(points: PackedPoints) -> Tensor:
@@ -154,7 +158,7 @@ def _back_projection_case(quick: bool) -> Case:
     finest = scales[0]
     places = PackedPoints(points.coord[point_rows(scales)[0]], finest.segments.offsets())
     return Case(
-        inputs=f"{step.inputs.partition(',')[0]}; maps {list(seen.features.shape)} read at the {len(places.coord):,} finest centres",
+        inputs=f"{_words(points)}, maps {list(seen.features.shape)} read at the {len(places.coord):,} finest centres",
         run=lambda: back_project(seen.features, places, seen.frames),
         moved=nbytes(seen.features, places.coord) + 4 * 3 * len(places.coord) * seen.features.shape[1],
         moved_is="maps and points read, values written",
