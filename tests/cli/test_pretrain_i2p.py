@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -108,10 +109,12 @@ def program(*flags: str, processes: int = 0) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_losses_of_one(parallel: str, tmp_path: Path) -> None:
+    """The encoder's layers are lists within lists."""
     flags = ["--train.steps", "3", "--method.decoder_drop_path", "0"]
     assert run("pretrain", [SMOKE, *QUICK, *flags, "--train.run_folder", str(tmp_path / "one")]) == 0
-    process = program(*flags, "--train.run_folder", str(tmp_path / "two"), processes=2)
+    process = program(*flags, "--train.parallel", parallel, "--train.run_folder", str(tmp_path / "two"), processes=2)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
@@ -155,7 +158,7 @@ def test_what_would_fail_is_refused_before_anything_is_written(
 ) -> None:
     file = tmp_path / "weights.pth"
     torch.save({"layer.weight": torch.ones(3)}, file)
-    digest = __import__("hashlib").sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     names = {"FILE": str(file), "STORE": str(tmp_path / "store"), "DIGEST": digest}
     flags = [names.get(flag, flag) for flag in flags]
     quick = QUICK[2:] if "--method.teacher.name" in flags else QUICK
