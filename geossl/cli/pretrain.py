@@ -96,6 +96,8 @@ def pretrain(config: PretrainConfig, world: World) -> int:
     loader = batches(dataset, config.train, world)
     seed_everything(config.train.seed)
     module = config.method.build(config.backbone.build())
+    if hasattr(module, "prepare"):  # what else the method needs is looked for before anything is written
+        module.prepare(dataset)
     prober = build_prober(config, dataset) if world.is_main else None
 
     def export(module: nn.Module, folder: Path) -> None:

@@ -102,7 +102,7 @@ def split_batch(batch: PointBatch, parts: int) -> list[PointBatch]:
         feats = None if batch.points.feats is None else batch.points.feats[begin:end]
         points = PackedPoints(batch.points.coord[begin:end], offsets - begin, feats)
         label, index = (None if values is None else values[rows] for values in (batch.label, batch.index))
-        per_point = (None if values is None else values[begin:end] for values in (batch.point_label, batch.point_instance))
+        per_point = (None if values is None else values[begin:end] for values in (batch.point_label, batch.point_instance, batch.original))
         pieces.append(PointBatch(points, label, index, slot[rows], size, *per_point))
     return pieces
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -132,8 +132,8 @@ class PointDataset:
         if config.normalize == "subset":
             cloud = normalize(cloud, source)
         if rng is not None:
-            cloud = augment(cloud, rng, config.augment)
-        return Sample(cloud.stack(), int(self.labels[row]), row, cloud.label)
+            cloud = augment(replace(cloud, original=cloud.coord), rng, config.augment)
+        return Sample(cloud.stack(), int(self.labels[row]), row, cloud.label, original=cloud.original)
 
     def _choose(self, cloud: PointCloud, rng: np.random.Generator | None) -> PointCloud:
         """Return ``config.points`` points of ``cloud`` (all, if it has fewer)."""

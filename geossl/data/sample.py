@@ -31,12 +31,14 @@ class PointCloud:
         normal: Unit normals, ``[N, 3]`` float32 (a zero row where there is none), or None.
         color: Red, green, blue in 0..1, ``[N, 3]`` float32, or None.
         label: Class of each point, ``[N]`` int64, or None.
+        original: Positions before augmentation, ``[N, 3]`` float32; None where there was none.
     """
 
     coord: np.ndarray
     normal: np.ndarray | None = None
     color: np.ndarray | None = None
     label: np.ndarray | None = None
+    original: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of points."""
@@ -44,7 +46,8 @@ class PointCloud:
 
     def __getitem__(self, rows: np.ndarray | slice) -> PointCloud:
         """Return the cloud of the selected rows (in their order)."""
-        return PointCloud(*(None if part is None else part[rows] for part in (self.coord, self.normal, self.color, self.label)))  # type: ignore[arg-type]
+        parts = (self.coord, self.normal, self.color, self.label, self.original)
+        return PointCloud(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
     def only(self, columns: Columns, source: str = "point cloud") -> PointCloud:
         """Return the cloud with no more than ``columns``.
@@ -74,6 +77,7 @@ class Sample:
         index: Row of the cloud in its data set.
         point_label: Class of each point, ``[N]`` int64, -1 where unlabelled; None for data sets without.
         point_instance: Object each point belongs to, ``[N]`` int64, -1 for none; None for data sets without.
+        original: Position of each point before augmentation, ``[N, 3]`` float32; None for a sample that was not augmented.
     """
 
     points: np.ndarray
@@ -81,6 +85,7 @@ class Sample:
     index: int
     point_label: np.ndarray | None = None
     point_instance: np.ndarray | None = None
+    original: np.ndarray | None = None
 
 
 def collate(samples: Sequence[Sample]) -> PointBatch:
@@ -104,6 +109,7 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
         index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         point_label=_per_point([sample.point_label for sample in samples]),
         point_instance=_per_point([sample.point_instance for sample in samples]),
+        original=_per_point([sample.original for sample in samples]),
     )
 
 

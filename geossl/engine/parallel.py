@@ -118,7 +118,7 @@ def _shard(module: nn.Module, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for part in list(module.modules()):
+    for part in reversed(list(module.modules())):  # lists within lists first: a parameter belongs to the innermost entry
         if isinstance(part, nn.ModuleList):
             for block in part:
                 if any(True for _ in block.parameters()):

@@ -276,6 +276,7 @@ class PointBatch(_Movable):
         global_size: Clouds in the global batch; None means ``B``.
         point_label: Class of each point, ``[M]`` int64, -1 where unlabelled; None for data sets without.
         point_instance: Object each point belongs to, numbered within its cloud, ``[M]`` int64, -1 for none; None for data sets without.
+        original: Position of each point before augmentation, ``[M, 3]``; None: the points are as they were.
     """
 
     points: PackedPoints
@@ -285,6 +286,7 @@ class PointBatch(_Movable):
     global_size: int | None = None
     point_label: Tensor | None = None
     point_instance: Tensor | None = None
+    original: Tensor | None = None
 
     _stays_on_host: ClassVar[tuple[str, ...]] = ("slot",)
 

@@ -5,9 +5,10 @@ They know nothing of models or methods.
 
 from geossl.layers.attention import Attention, Segments, scaled_dot_product
 from geossl.layers.block import Block, BlockStack, init_transformer_weights
+from geossl.layers.gathered_regression import gathered_regression_loss
 from geossl.layers.image_metrics import l1, psnr, ssim
-from geossl.layers.masking import block_mask, random_mask
-from geossl.layers.norm import BatchNorm, BatchwideNorm
+from geossl.layers.masking import block_mask, random_mask, weighted_mask
+from geossl.layers.norm import BatchNorm, BatchwideNorm, share_of_rows
 from geossl.layers.packed_token_embedding import PackedTokenEmbedding
 from geossl.layers.position import PositionMLP
 from geossl.layers.projection import ProjectedViews, ViewFrames, back_project, fit_views, project_views, splat_depth
@@ -36,12 +37,15 @@ __all__ = [
     "back_project",
     "block_mask",
     "fit_views",
+    "gathered_regression_loss",
     "init_transformer_weights",
     "l1",
     "project_views",
     "psnr",
     "random_mask",
     "scaled_dot_product",
+    "share_of_rows",
     "splat_depth",
     "ssim",
+    "weighted_mask",
 ]

@@ -49,6 +49,29 @@ def random_mask(
     return _hide_lowest(score, segments, ratio)
 
 
+def weighted_mask(log_weight: Tensor, segments: Segments, ratio: float, random: BatchRandom) -> Tensor:
+    """Keep tokens visible by chance in proportion to their weights, and hide ``int(ratio * tokens)`` of each sample (I2P-MAE, section 3.3).
+
+    The visible ones are drawn one after the other without putting back, as ``multinomial`` does: the largest of the sums of logarithm and
+    Gumbel noise. The mask of a sample does not depend on the samples it shares a batch with.
+
+    Args:
+        log_weight: Logarithm of each token's weight, up to a constant of its sample, ``[T]`` floating point, packed by ``segments``.
+        segments: Tokens of each sample.
+        ratio: Share to hide, 0 <= ratio < 1.
+        random: Source of the draws.
+
+    Returns:
+        ``[T]`` bool.
+    """
+    device = log_weight.device
+    gumbel = -(-random.rows(segments.lengths).log()).log()
+    beyond = _beyond(segments, max(segments.lengths, default=0), device)
+    score = torch.full(beyond.shape, torch.inf, device=device)
+    score[~beyond] = log_weight.float() + gumbel.to(device)
+    return _hide_lowest(score, segments, ratio)
+
+
 def block_mask(centers: Tensor, segments: Segments, ratio: float, random: BatchRandom) -> Tensor:
     """Hide one contiguous block: a random centre and the centres nearest to it (Point-BERT and Point-MAE, "block").
 

@@ -51,6 +51,24 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return _SumOverRanks.apply(x) if world_size() > 1 else x
 
 
+@torch.no_grad()
+def share_of_rows(rows: int, samples: int, device: torch.device) -> Tensor | float:
+    """How much more than by its share of the samples this process counts in a mean over the rows of all processes.
+
+    The training loop weighs the loss of every process by its share of the samples. A loss that is a mean over rows, of which samples have
+    different numbers, times this then adds up to the mean over all rows, whatever the number of processes.
+
+    Args:
+        rows: Rows of this process's mean.
+        samples: Samples of this process.
+        device: Where the processes talk.
+    """
+    if world_size() == 1:
+        return 1.0
+    all_rows, all_samples = sum_over_ranks(torch.tensor([rows, samples], dtype=torch.float64, device=device))
+    return rows / all_rows.clamp(min=1) * all_samples / max(samples, 1)
+
+
 class BatchNorm(nn.BatchNorm1d):
     """``BatchNorm1d`` over rows ``[N, C]`` whose training statistics are those of the rows of *all* processes.
 

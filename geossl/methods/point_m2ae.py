@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from geossl import ops
 from geossl.errors import CheckpointError, ConfigError
 from geossl.geometry import Output, PointBatch
-from geossl.layers import BatchRandom, PositionMLP, TokenPropagation, random_mask
+from geossl.layers import BatchRandom, PositionMLP, TokenPropagation, random_mask, share_of_rows
 from geossl.methods.registry import METHODS
 from geossl.models.point_m2ae import (
     PointM2AEEncoder,
@@ -192,8 +192,7 @@ class PointM2AE(nn.Module):
             mask = random_mask(coarsest.segments, self.config.mask_ratio, random, coarsest.centers.device, ragged=True)
         hidden = self.backbone.propagate_mask(scales, mask.reshape(-1).to(device=coarsest.centers.device, dtype=torch.bool))
         prediction = self.reconstruct(scales, hidden, random)
-        target = scales[-self.stages].members[hidden[-self.stages]][..., :3]
-        loss = ops.chamfer_distance_patches(prediction, target, norm="l2sq")
+        loss = self.chamfer(prediction, scales, hidden)
         return Output(
             loss,
             {"chamfer_x1000": 1000 * loss.detach()},
@@ -204,7 +203,21 @@ class PointM2AE(nn.Module):
         """Predict the members of the tokens hidden at the reconstructed scale, ``[M, P, 3]`` relative to their centres, in token order."""
         encoded = self.backbone.encode(scales, hidden, random=random)
         decoded = self.decoder(scales, encoded, wanted=hidden[-self.stages], random=random)
-        return self.head(decoded).to(scales[0].members.dtype).view(-1, self.config.predicted_points, 3)
+        return self.predict(decoded)
+
+    def predict(self, decoded: Tensor) -> Tensor:
+        """Points of decoded tokens ``[M, C]`` relative to their centres, ``[M, P, 3]`` in the type of the head's weights."""
+        return self.head(decoded).to(self.head.weight.dtype).view(-1, self.config.predicted_points, 3)
+
+    def chamfer(self, prediction: Tensor, scales: Sequence[Scale], hidden: Sequence[Tensor]) -> Tensor:
+        """Mean Chamfer distance of predicted points from the members of the tokens hidden at the reconstructed scale."""
+        target = scales[-self.stages].members[hidden[-self.stages]][..., :3]
+        return ops.chamfer_distance_patches(prediction, target, norm="l2sq") * self.share(len(target), scales)
+
+    def share(self, rows: int, scales: Sequence[Scale]) -> Tensor | float:
+        """What makes the mean over ``rows`` tokens of this process its part of the mean over those of all processes."""
+        segments = scales[0].segments
+        return share_of_rows(rows, len(segments.lengths), scales[0].centers.device) if self.training else 1.0
 
     @torch.no_grad()
     def pictures(self, batch: PointBatch, *, generator: torch.Generator | None = None) -> list[dict[str, np.ndarray]]:
@@ -214,7 +227,9 @@ class PointM2AE(nn.Module):
             For each cloud ``input``, ``visible`` (points of the visible tokens of the finest scale) and ``reconstruction`` (predicted
             points of the hidden tokens), float32 ``[n, 3]``.
         """
-        output = self(batch, generator=generator)
+        return self._draw(batch, self(batch, generator=generator))
+
+    def _draw(self, batch: PointBatch, output: Output) -> list[dict[str, np.ndarray]]:
         scales, hidden = output.aux["scales"], output.aux["hidden"]
         finest, made = scales[0], scales[-self.stages]
         points = finest.members[..., :3] + finest.centers[:, None]
@@ -270,24 +285,45 @@ def convert_reference_state(
         CheckpointError: the state is not a Point-M2AE pretraining checkpoint.
     """
     config = dict(config or {})
-    encoder = convert_reference_encoder(state)
-    if "rec_head.weight" not in state or "embeds.0.conv1.weight" not in encoder:
-        raise CheckpointError(
-            f"not a Point-M2AE pretraining checkpoint: expected h_encoder.*, h_decoder.*, rec_head.*; found {sorted(state)[:8]}"
-        )
-    decoder = convert_reference_decoder(state)
-    head = {f"head.{key.removeprefix('rec_head.')}": value for key, value in state.items() if key.startswith("rec_head.")}
+    encoder, decoder, converted = convert_reference_weights(state, {"rec_head.": "head."}, "Point-M2AE")
     method = PointM2AEConfig(
         mask_ratio=config.get("mask_ratio", 0.8),
         predicted_points=state["rec_head.weight"].shape[0] // 3,
         decay_token_layers=False,
         **reference_decoder_config(decoder, config),
     )
-    converted = {f"backbone.{key}": value for key, value in encoder.items()} | {f"decoder.{key}": value for key, value in decoder.items()}
-    converted |= {key: value.squeeze(-1) if value.dim() == 3 else value for key, value in head.items()}
-    known = ("rec_head.", "mask_token", "MAE_encoder.blocks.", *_ENCODER_PARTS, *_REFERENCE_NAMES)
-    converted |= {key: value for key, value in state.items() if not key.startswith(known)}  # reported as unexpected
     return (reference_encoder_config(encoder, config), method), converted
+
+
+def convert_reference_weights(
+    state: Mapping[str, Tensor], heads: Mapping[str, str], system: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Rename the weights of a pretraining checkpoint of Point-M2AE or I2P-MAE.
+
+    Args:
+        state: Its weights.
+        heads: Our names of its heads.
+        system: What an error calls it.
+
+    Returns:
+        Encoder, decoder, and the whole state of the method; what is of neither keeps its name there, to be reported as unexpected.
+
+    Raises:
+        CheckpointError: it is no such checkpoint.
+    """
+    encoder, decoder = convert_reference_encoder(state), convert_reference_decoder(state)
+    if "embeds.0.conv1.weight" not in encoder or any(f"{head}weight" not in state for head in heads):
+        expected = ", ".join(f"{part}*" for part in ("h_encoder.", "h_decoder.", *heads))
+        raise CheckpointError(f"not a pretraining checkpoint of {system}: expected {expected}; found {sorted(state)[:8]}")
+    converted = {f"backbone.{key}": value for key, value in encoder.items()} | {f"decoder.{key}": value for key, value in decoder.items()}
+    known = (*heads, "mask_token", "MAE_encoder.blocks.", *_ENCODER_PARTS, *_REFERENCE_NAMES)
+    for key, value in state.items():
+        head = next((head for head in heads if key.startswith(head)), None)
+        if head is not None:
+            converted[heads[head] + key.removeprefix(head)] = value.squeeze(-1) if value.dim() == 3 else value
+        elif not key.startswith(known):
+            converted[key] = value
+    return encoder, decoder, converted
 
 
 def convert_reference_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geossl.errors import CheckpointError, unknown_name
-from geossl.methods import point_m2ae, point_mae, polar_mae
+from geossl.methods import i2p_mae, point_m2ae, point_mae, polar_mae
 from geossl.models.checkpoints import load_state, read_reference_state
 from geossl.models.point_m2ae import PointM2AEEncoder
 from geossl.models.point_vit import PointViT
@@ -22,17 +22,19 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
     Files are read without executing pickled code; any missing or unexpected weight is an error that lists the names.
 
     Args:
-        system: ``"point_mae"``, ``"point_m2ae"`` or ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE). Pretraining and fine-tuned
-            files are told apart by their weights.
+        system: ``"point_mae"``, ``"point_m2ae"``, ``"i2p_mae"`` or ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE). Pretraining and
+            fine-tuned files are told apart by their weights. The 2D teacher in a file of I2P-MAE is left out;
+            :func:`geossl.methods.reference_teacher` reads it.
         source: The file (``.pth``, ``.ckpt``, ``.safetensors``), or what was read from it.
-        config: For files trained with other than the released numbers. point_mae and point_m2ae: the ``model`` section of the published
-            configuration, and of part segmentation files what :func:`geossl.tasks.part_segmentation.convert_part_state` knows.
+        config: For files trained with other than the released numbers. point_mae, point_m2ae and i2p_mae: the ``model`` section of the
+            published configuration, and of part segmentation files what :func:`geossl.tasks.part_segmentation.convert_part_state` knows.
             polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`.
 
     Returns:
         The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`, :class:`geossl.methods.PointM2AE`,
-        :class:`geossl.methods.PolarMAE`) for a pretraining file, the task (:class:`geossl.tasks.Classification`,
-        :class:`geossl.tasks.PartSegmentation`, :class:`geossl.tasks.Segmentation`) for a fine-tuned one. Its ``backbone`` is the encoder.
+        :class:`geossl.methods.I2PMAE`, :class:`geossl.methods.PolarMAE`) for a pretraining file, the task
+        (:class:`geossl.tasks.Classification`, :class:`geossl.tasks.PartSegmentation`, :class:`geossl.tasks.Segmentation`) for a fine-tuned
+        one. Its ``backbone`` is the encoder.
 
     Raises:
         UnknownNameError: unknown ``system``.
@@ -59,6 +61,7 @@ def find_system(source: str | os.PathLike[str]) -> str:
         ("polar_mae", "encoder.pos_embed.pos_enc.0.weight"),
         ("point_mae", "pos_embed.0.weight"),
         ("point_m2ae", "rec_head.weight"),
+        ("i2p_mae", "rec_head_2d.weight"),
         ("point_m2ae", "h_encoder.encoder_pos_embeds.0.0.weight"),  # fine-tuned, of I2P-MAE too: the weights do not tell them apart
     ):
         if any(name.endswith(marker) for name in names):
@@ -84,21 +87,24 @@ def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
     return model
 
 
-def _point_m2ae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
-    state = read_reference_state(source)
-    name = "the given state" if isinstance(source, Mapping) else source
-    tuned = load_tuned_scales(state, config, name, max_skips_first=True)
-    if tuned is not None:
-        return tuned
-    (encoder_config, method_config), converted = point_m2ae.convert_reference_state(state, config)
-    model = method_config.build(PointM2AEEncoder(encoder_config))
-    load_state(model, converted, source=name)
-    return model
+def _hierarchical(convert: Callable[..., Any], *, max_skips_first: bool) -> Callable[[Any, Mapping[str, Any] | None], nn.Module]:
+    """Reader of Point-M2AE or I2P-MAE, whose fine-tuned files only differ in what ``max_skips_first`` says."""
+
+    def read(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
+        state = read_reference_state(source)
+        name = "the given state" if isinstance(source, Mapping) else source
+        tuned = _load_tuned(state, config, name, max_skips_first)
+        if tuned is not None:
+            return tuned
+        (encoder_config, method_config), converted = convert(state, config)
+        model = method_config.build(PointM2AEEncoder(encoder_config))
+        load_state(model, converted, source=name)
+        return model
+
+    return read
 
 
-def load_tuned_scales(
-    state: Mapping[str, Tensor], config: Mapping[str, Any] | None, name: str, *, max_skips_first: bool
-) -> nn.Module | None:
+def _load_tuned(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, name: str, max_skips_first: bool) -> nn.Module | None:
     """The fine-tuned model of a Point-M2AE or I2P-MAE ``state`` called ``name``; None where it is no fine-tuned one."""
     from geossl.tasks import classification, part_segmentation
 
@@ -131,7 +137,8 @@ def _polar_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
 
 REFERENCES: dict[str, Callable[[Any, Mapping[str, Any] | None], nn.Module]] = {
     "point_mae": _point_mae,
-    "point_m2ae": _point_m2ae,
+    "point_m2ae": _hierarchical(point_m2ae.convert_reference_state, max_skips_first=True),
+    "i2p_mae": _hierarchical(i2p_mae.convert_reference_state, max_skips_first=False),
     "polar_mae": _polar_mae,
 }
 """Systems whose official checkpoints can be read."""

@@ -1,5 +1,6 @@
 """Backbones: encoders from raw input to tokens or feature pyramids. No masking, no decoder, no loss."""
 
+from geossl.models.cloud_teacher import CloudOutput, CloudTeacher, TeacherStore
 from geossl.models.factory import BACKBONES, FeatureInfo, create_backbone, list_backbones, load, save_backbone
 from geossl.models.point_m2ae import PointM2AEEncoder, PointM2AEEncoderConfig
 from geossl.models.point_vit import PointViT, PointViTConfig
@@ -8,6 +9,8 @@ from geossl.models.teachers import Teacher, TeacherConfig, TeacherOutput, list_t
 
 __all__ = [
     "BACKBONES",
+    "CloudOutput",
+    "CloudTeacher",
     "FeatureInfo",
     "PointM2AEEncoder",
     "PointM2AEEncoderConfig",
@@ -16,6 +19,7 @@ __all__ = [
     "Teacher",
     "TeacherConfig",
     "TeacherOutput",
+    "TeacherStore",
     "VolumeGroups",
     "VolumePointViT",
     "VolumePointViTConfig",

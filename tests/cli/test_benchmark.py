@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from geossl import cli
 from geossl.cli import benchmark
-from geossl.cli.benchmark import bars, event_steps, imports, neighbor_peers, ops, splat, steps
+from geossl.cli.benchmark import bars, event_steps, imports, neighbor_peers, ops, splat, steps, teacher_steps
 from geossl.cli.benchmark import measure as measuring
 from geossl.cli.benchmark.clouds import KINDS, clouds, surfaces
 from geossl.cli.benchmark.measure import (
@@ -92,6 +92,17 @@ def test_steps_of_scales(tmp_path):
     by_name = {row["name"]: row for row in rows}
     for dtype in ("float32", "bfloat16"):
         assert [peer["name"] for peer in by_name[f"point_m2ae/released/step/{dtype}"]["peers"]] == ["plain torch"]
+
+
+def test_steps_with_a_teacher(tmp_path):
+    rows = run(tmp_path, "steps", "--quick", "--method", "i2p_mae", "--rows", "i2p_mae/released*[!6]")  # without bfloat16
+    check(rows, "steps")
+    by_name = {row["name"]: row for row in rows}
+    for name in ("projection", "back-projection"):
+        assert by_name[f"i2p_mae/released/{name}"]["peer"] == "plain torch"
+    stored, inside = (by_name[f"i2p_mae/released, {where}/step/float32"] for where in ("stored", "clip fp32"))
+    assert [peer["name"] for peer in stored["peers"]] == ["plain torch"]
+    assert inside["flop"] > stored["flop"]
 
 
 def test_steps(tmp_path, capsys):
@@ -181,6 +192,8 @@ def test_full_runs_hold_the_sizes_and_targets_of_the_design():
     assert (len(step.batch), step.batch.points.coord.shape[0], step.module.training) == (8, 8 * 2048, True)
     assert event_steps.TARGETS[("polar_mae", False, torch.float32)] == 1.6
     assert {f"polar_mae/growth/{n} events" for n in (1, 2, 4, 8, 16)} < set(steps.cases("polar_mae", quick=False))
+    assert len([name for name in steps.cases("i2p_mae", quick=False) if "/step/" in name]) == 4
+    assert teacher_steps.TARGETS[("stored", torch.float32)] == 3.0
     calls = [case() for name, case in ops.cases(quick=False).items() if "8 of 8" in name or "8 to 8" in name or name.endswith("/8->4")]
     assert [case.target for case in calls] == [ops.CALL_TARGET] * 6
 

@@ -32,6 +32,24 @@ def official(golden_root, tmp_path) -> tuple[Path, Path, torch.Tensor]:
     return tmp_path / "pretrain.pth", tmp_path / "pretrain.yaml", tensors["points"].float()
 
 
+@pytest.mark.parametrize("system", ["point_m2ae", "i2p_mae"])
+def test_hierarchical_encoders_are_written_too(golden_root, tmp_path, system, capsys):
+    """The weights of I2P-MAE, its teacher beside them; without its second head and teacher they are named as those of Point-M2AE."""
+    with safe_open(golden_root / "i2p_mae" / "i2p_mae_tiny.safetensors", "pt") as file:
+        state = {key.removeprefix("state_dict."): file.get_tensor(key) for key in file.keys() if key.startswith("state_dict.")}  # noqa: SIM118
+        config, points = json.loads(file.metadata()["config"]), file.get_tensor("points").float()
+    if system == "point_m2ae":
+        shared = {key: value for key, value in state.items() if not key.startswith(("clip_model.", "rec_head_2d."))}
+        state = {key.replace("rec_head_3d.", "rec_head."): value for key, value in shared.items()}
+    torch.save({"base_model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "pretrain.pth")
+    (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump({"model": config}))
+    arguments = [tmp_path / "pretrain.pth", tmp_path / "out", "--system", system, "--config", tmp_path / "pretrain.yaml"]
+    assert run("convert", [str(argument) for argument in arguments]) == 0
+    assert f"of system {system}" in capsys.readouterr().out
+    model = geossl.load_reference(system, tmp_path / "pretrain.pth", config)
+    assert torch.equal(geossl.load(tmp_path / "out")(points).feats, model.backbone(points).feats)
+
+
 def test_the_written_folder_gives_the_same_features(official, tmp_path):
     weights, config, points = official
     out = tmp_path / "converted"

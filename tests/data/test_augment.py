@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geossl.data import AugmentConfig, PointCloud
+from geossl.cli.training import split_batch
+from geossl.data import DATASETS, AugmentConfig, PointCloud, collate
 from geossl.data.augment import augment, drop_points, jitter, normalize, rotate, rotation_matrix, scale_shift, transform
 from geossl.errors import ConfigError, DataError
 
@@ -128,3 +132,22 @@ def test_everything_switched_off_changes_nothing(rng: np.random.Generator) -> No
 def test_settings_out_of_range_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AugmentConfig(**values)
+
+
+def test_positions_before_augmentation_go_along() -> None:
+    data = dataclasses.replace(DATASETS.config("objects"), points=200, augment=AugmentConfig(rotation=90, jitter=0.01, dropout=0.5))
+    dataset = data.build("test")
+    sample = dataset.get(3, np.random.default_rng(1))
+    plain = dataclasses.replace(data, augment=AugmentConfig(scale=(1, 1), shift=0)).build("test").get(3, np.random.default_rng(1))
+    assert sample.original is not None
+    assert len(sample.original) == len(sample.points) < 200
+    assert {tuple(row) for row in sample.original.tolist()} <= {tuple(row) for row in plain.points.tolist()}
+    still = dataclasses.replace(data, augment=AugmentConfig(scale=(0.5, 0.5), shift=0)).build("test").get(3, np.random.default_rng(1))
+    np.testing.assert_allclose(still.points[:, :3], 0.5 * still.original, rtol=1e-6)
+    assert dataset.get(3).original is None
+    batch = collate([sample, still])
+    assert batch.original is not None
+    assert batch.original.shape == batch.points.coord.shape
+    assert collate([sample, dataset.get(3)]).original is None
+    halves = split_batch(batch, 2)
+    assert torch.equal(torch.cat([half.original for half in halves]), batch.original)

@@ -14,6 +14,7 @@ import geossl
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.layers import BatchNorm, PackedTokenEmbedding
 from geossl.methods import METHODS
+from geossl.models import TeacherConfig
 from geossl.ops import offsets_from_lengths
 
 
@@ -45,6 +46,21 @@ def embed_groups(part: slice, without: int = 0):
     return tokens.detach(), [p.grad for p in embed.parameters()], [b.double() for b in embed.buffers()]
 
 
+def scales_step(name: str, slot: torch.Tensor | None):
+    """One step of a hierarchical method on some of four clouds, whose tokens are visible in different numbers."""
+    torch.manual_seed(0)
+    scales = {"dims": (8, 12, 24), "depths": (1, 1, 1), "heads": 2, "groups": (24, 16, 8), "group_sizes": (6, 4, 4), "drop_path": 0.2}
+    backbone = geossl.create_backbone("point_m2ae_tiny", **scales, embed_widths=(8, 16, 16))
+    options = {"teacher": TeacherConfig(name="random"), "saliency_temperature": 1.0} if name == "i2p_mae" else {}
+    method = dataclasses.replace(METHODS.config(name), decoder_heads=2, **options).build(backbone).double().train()
+    points = torch.randn(4, 60, 3, dtype=torch.float64)
+    batch = PointBatch(PackedPoints.from_padded(points if slot is None else points[slot]), slot=slot, global_size=4)
+    output = method(batch, generator=torch.Generator().manual_seed(5))
+    output.loss.backward()
+    gradients = [p.grad for p in method.parameters() if p.grad is not None]
+    return output.loss.detach(), gradients, int(output.aux["hidden"][1].sum())
+
+
 def run_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -52,6 +68,8 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     slot, weight = torch.arange(rank, 4, 2), torch.arange(60.0, dtype=torch.float64).view(10, 6)
     part = slice(0, 3) if rank == 0 else slice(3, 10)  # uneven halves for the plain batch norm
     torch.save(one_step(method, points[slot], norm, rows[part], slot, weight[part]), f"{folder}/{rank}.pt")
+    for name in ("point_m2ae", "i2p_mae"):
+        torch.save(scales_step(name, slot), f"{folder}/{name}{rank}.pt")
     torch.save(embed_groups(slice(0, 4) if rank == 0 else slice(4, 6)), f"{folder}/embed{rank}.pt")
     dist.destroy_process_group()
 
@@ -87,3 +105,12 @@ def test_two_processes_equal_one(tmp_path):
     for part in embeds:
         for mine, expected in zip(part[2], buffers, strict=True):
             torch.testing.assert_close(mine, expected, **exact)
+
+    for name in ("point_m2ae", "i2p_mae"):
+        first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
+        loss, gradients, hidden = scales_step(name, None)
+        assert first[2] + second[2] == hidden
+        assert first[2] != second[2]
+        torch.testing.assert_close((first[0] + second[0]) / 2, loss, **exact)
+        for one, other, expected in zip(first[1], second[1], gradients, strict=True):
+            torch.testing.assert_close((one + other) / 2, expected, **exact)

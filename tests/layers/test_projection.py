@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from geossl.geometry import PackedPoints
 from geossl.layers.projection import VIEWS, ViewFrames, back_project, fit_views, project_views, splat_depth
 
 GOLDEN = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
@@ -116,6 +117,21 @@ def test_a_cloud_does_not_depend_on_its_batch():
     assert torch.equal(together.images[1::3], alone.images)
     maps = torch.randn(9, 4, 7, 7)
     assert torch.equal(back_project(maps, points, together.frames)[1:2], back_project(maps[1::3].contiguous(), points[1:2], alone.frames))
+
+
+def test_packed_clouds_of_different_sizes_equal_the_clouds_one_by_one():
+    lengths = [30, 1, 12]
+    packed = PackedPoints(torch.randn(43, 3), torch.tensor([0, 30, 31, 43]))
+    views = project_views(packed, 32)
+    query = PackedPoints(packed.coord[[3, 4, 30, 40, 35]], torch.tensor([0, 2, 3, 5]))
+    maps = torch.randn(9, 4, 5, 6)
+    read = back_project(maps, query, views.frames)
+    assert read.shape == (5, 3, 4)
+    for i, (cloud, own) in enumerate(zip(packed.coord.split(lengths), query.coord.split([2, 1, 2]), strict=True)):
+        alone = project_views(cloud[None], 32)
+        assert torch.equal(alone.images, views.images[i::3])
+        expected = back_project(maps[i::3], own[None], alone.frames)[0]
+        torch.testing.assert_close(read.split([2, 1, 2])[i], expected)
 
 
 def test_gradients():

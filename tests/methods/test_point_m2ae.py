@@ -152,48 +152,10 @@ def test_another_backbone_is_refused():
 # Official files ---------------------------------------------------------------------------------------------------------------------------
 
 
-def published_names(method: PointM2AE) -> dict[str, torch.Tensor]:
-    """Name the weights of a method as the published code does."""
-    layers = {
-        "conv1.": "first_conv.0.",
-        "norm1.": "first_conv.1.",
-        "conv2.": "first_conv.3.",
-        "conv3.": "second_conv.0.",
-        "norm2.": "second_conv.1.",
-        "conv4.": "second_conv.3.",
-    }
-    steps = {"fuse.": "fuse.net.0.", "fuse_norm.": "fuse.net.1.", "units.": "extraction.operation."}
-    units = {"conv1.": "net1.0.", "norm1.": "net1.1.", "conv2.": "net2.0.", "norm2.": "net2.1."}
-    tops = {
-        "backbone.embeds.": ("h_encoder.token_embed.", [layers]),
-        "backbone.positions.": ("h_encoder.encoder_pos_embeds.", []),
-        "backbone.blocks.": ("h_encoder.encoder_blocks.", []),
-        "backbone.norms.": ("h_encoder.encoder_norms.", []),
-        "decoder.stages.": ("h_decoder.", []),
-        "decoder.positions.": ("decoder_pos_embeds.", []),
-        "decoder.propagations.": ("token_prop.", [steps, units]),
-        "decoder.norm.": ("decoder_norm.", []),
-        "head.": ("rec_head.", []),
-        "decoder.mask_token": ("mask_token", []),
-    }
-    state = {}
-    for name, value in method.state_dict().items():
-        ours, (top, tables) = next(item for item in tops.items() if name.startswith(item[0]))
-        rest = name.removeprefix(ours)
-        for table in tables:
-            for one, other in table.items():
-                rest = rest.replace(f".{one}", f".{other}")
-        is_convolution = tables or ours == "head."
-        state[top + rest] = (
-            value[None] if ours == "decoder.mask_token" else value[..., None] if is_convolution and value.dim() == 2 else value
-        )
-    return state
-
-
 CONFIG = {"num_groups": [24, 16, 8], "group_sizes": [6, 4, 4], "num_heads": 2, "local_radius": [0.3, 0.6, 1.2]}
 
 
-def test_official_files_load_with_all_published_behaviour_and_give_the_same_numbers(tmp_path):
+def test_official_files_load_with_all_published_behaviour_and_give_the_same_numbers(tmp_path, published_names):
     method, batch = tiny().eval(), clouds(60, 60)
     state = published_names(method)
     torch.save({"base_model": {f"module.{key}": value for key, value in state.items()}, "epoch": 300}, tmp_path / "pretrain.pth")
@@ -213,7 +175,7 @@ def test_official_files_load_with_all_published_behaviour_and_give_the_same_numb
     assert torch.equal(loaded(batch, mask=torch.arange(16) % 8 > 1).loss, method(batch, mask=torch.arange(16) % 8 > 1).loss)
 
 
-def test_released_numbers_are_assumed_without_a_configuration():
+def test_released_numbers_are_assumed_without_a_configuration(published_names):
     backbone = geossl.create_backbone("point_m2ae_small")
     state = published_names(METHODS.config("point_m2ae").build(backbone))
     assert len(state) == 293
@@ -222,11 +184,11 @@ def test_released_numbers_are_assumed_without_a_configuration():
     assert config.local_radius == (0.32, 0.64, 1.28)
 
 
-def test_extra_missing_and_foreign_weights_are_listed():
+def test_extra_missing_and_foreign_weights_are_listed(published_names):
     state = published_names(tiny()) | {"h_encoder.surprise.weight": torch.ones(1), "clip_model.proj": torch.ones(1)}
     del state["decoder_norm.bias"]
     message = r"(?s)missing \(1\): decoder.norm.bias.*unexpected \(2\): .*clip_model.proj.*h_encoder.surprise"
     with pytest.raises(CheckpointError, match=message):
         geossl.load_reference("point_m2ae", state, CONFIG)
-    with pytest.raises(CheckpointError, match="not a Point-M2AE pretraining checkpoint: expected h_encoder"):
+    with pytest.raises(CheckpointError, match="not a pretraining checkpoint of Point-M2AE: expected h_encoder"):
         geossl.load_reference("point_m2ae", {"fc.weight": torch.ones(2, 2)})

@@ -18,9 +18,7 @@ from torch import Tensor
 
 import geossl
 from geossl.geometry import PackedPoints, PointBatch
-from geossl.methods.reference import find_system, load_tuned_scales
-from geossl.models.checkpoints import read_reference_state
-from geossl.tasks.classification import Classification
+from geossl.methods.reference import find_system
 
 ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
 
@@ -54,9 +52,8 @@ class Case:
         own = f"{head}.state_dict."
         self.state = {key: value for key, value in encoder.items() if "encoder_norms" not in key}
         self.state |= {key.removeprefix(own): value for key, value in self.tensors.items() if key.startswith(own)}
-        skips = metadata["case"].startswith("Point-M2AE")
-        state = read_reference_state(self.state)
-        self.model: Classification = load_tuned_scales(state, self.config, path.name, max_skips_first=skips).eval()  # type: ignore
+        system = "point_m2ae" if metadata["case"].startswith("Point-M2AE") else "i2p_mae"
+        self.model = geossl.load_reference(system, self.state, self.config)
 
 
 @pytest.fixture(scope="module", params=cases(), ids=lambda case: f"{case[0].stem}-{case[1]}")

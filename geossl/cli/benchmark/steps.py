@@ -93,7 +93,7 @@ def build_step(method: str, size: str, quick: bool = False) -> Step:
     module = config.build(backbone)
     features = torch.rand(clouds, points, backbone.in_channels - 3)
     batch = PointBatch(PackedPoints.from_padded(torch.cat([surfaces(clouds, points), features], dim=2)))
-    return Step(module.train(), batch, f"{clouds} x {points:,} points, {_words(backbone.config)}")
+    return Step(module.train(), batch, f"{clouds} x {points:,} points, {words_of(backbone.config)}")
 
 
 def points_bytes(points: PackedPoints) -> int:
@@ -121,6 +121,10 @@ def cases(method: str, quick: bool) -> dict[str, Callable[[], Case]]:
         from geossl.cli.benchmark import event_steps
 
         return event_steps.cases(quick)
+    if method == "i2p_mae":
+        from geossl.cli.benchmark import teacher_steps
+
+        return teacher_steps.cases(quick)
     published = _published(method)
     found: dict[str, Callable[[], Case]] = {}
     sizes = ("released", "quickstart") if PretrainConfig().method.name == method else ("released",)
@@ -168,7 +172,11 @@ def step_case(
 
 
 def _grouping_case(method: str, quick: bool) -> Case:
-    step = build_step(method, "released", quick)
+    return grouping_case(build_step(method, "released", quick))
+
+
+def grouping_case(step: Step) -> Case:
+    """Return the case of cutting the clouds of ``step`` into groups, at every scale there is."""
     backbone, points = step.module.backbone, step.batch.points
     groups = backbone.group(points)
     scales = groups if isinstance(groups, list) else [groups]
@@ -240,7 +248,7 @@ def features_case(step: Step, dtype: torch.dtype, peers: dict[str, Callable[[Any
         moved_is="points and weights read, tokens written",
         dtype=dtype,
         peers={title: functools.partial(run, functools.partial(plain, backbone, step.batch.points)) for title, plain in peers.items()},
-        differs=lambda a, b: _relative(a, b, 1e-4 if dtype == torch.float32 else 0.05, "tokens"),
+        differs=lambda a, b: relative_difference(a, b, 1e-4 if dtype == torch.float32 else 0.05, "tokens"),
     )
 
 
@@ -263,10 +271,11 @@ def _gradients_differ(
 
 
 def _tensors_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
-    return next((text for a, b in zip(ours, theirs, strict=True) if (text := _relative(a, b, 1e-5, "weights"))), "")
+    return next((text for a, b in zip(ours, theirs, strict=True) if (text := relative_difference(a, b, 1e-5, "weights"))), "")
 
 
-def _relative(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> str:
+def relative_difference(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> str:
+    """Say how far two tensors are apart where it is more than ``tolerance`` of the norm, "" otherwise."""
     error = float((ours.double() - theirs.double()).norm() / ours.double().norm().clamp(min=1e-30))
     return "" if error <= tolerance else f"{what} differ by {error:.2g} of their norm"
 
@@ -277,11 +286,12 @@ def _relative(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> str:
 def _published(method: str) -> Published:
     METHODS.config(method)  # an unknown name ends here, with the known ones
     if method not in STEPS:
-        raise ConfigError(f"method {method} has no step benchmark yet; there is one for {', '.join([*STEPS, 'polar_mae'])}")
+        raise ConfigError(f"method {method} has no step benchmark yet; there is one for {', '.join([*STEPS, 'i2p_mae', 'polar_mae'])}")
     return STEPS[method]
 
 
-def _words(config: Any) -> str:
+def words_of(config: Any) -> str:
+    """A backbone in a few words."""
     if hasattr(config, "dims"):
         each = "/".join(map(str, config.dims)), "/".join(map(str, config.groups)), "/".join(map(str, config.group_sizes))
         return f"{config.name} {each[0]}, {each[1]} groups of {each[2]}"
