@@ -13,8 +13,9 @@ from torch import nn
 
 from geossl.data import collate
 from geossl.data.files import atomic_write
-from geossl.evaluation.event_pictures import save_event_pictures
-from geossl.evaluation.features import device_of, frozen
+from geossl.evaluation.event_pictures import principal_colors, save_event_pictures
+from geossl.evaluation.extract import interpolate
+from geossl.evaluation.features import device_of, frozen, read_tokens
 from geossl.evaluation.prober import Prober
 from geossl.evaluation.probes import probe
 from geossl.evaluation.segmentation import SegmentationScores
@@ -106,14 +107,19 @@ def _save_json(path: Path, value: Any) -> None:
 
 def _save_pictures(path: Path, module: Any, dataset: Any, count: int, seed: int) -> None:
     rows = _spread(np.asarray(dataset.labels), count)
-    samples = [dataset.get(int(row), None) for row in rows]
     device = device_of(module)
-    with frozen(module):
-        made = module.pictures(collate(samples).to(device), generator=torch.Generator(device).manual_seed(seed))
+    batch = collate([dataset.get(int(row), None) for row in rows]).to(device)
     arrays: dict[str, Any] = {"names": np.array([cloud_name(dataset, int(row)) for row in rows])}
+    with frozen(module):
+        made = module.pictures(batch, generator=torch.Generator(device).manual_seed(seed))
+        clouds = batch.points
+        feats = interpolate(read_tokens(module.backbone, clouds), clouds.coord, clouds.offsets)
+    colors = np.split(principal_colors(feats), clouds.offsets[1:-1].cpu())
     for number, picture in enumerate(made):
-        for key in ("input", "visible", "reconstruction"):
-            arrays[f"{key}_{number}"] = np.asarray(picture[key], np.float32)
+        for key in ("input", "visible", "reconstruction", "depth", "centers", "saliency"):
+            if key in picture:
+                arrays[f"{key}_{number}"] = np.asarray(picture[key], np.float32)
+        arrays[f"colors_{number}"] = colors[number]
     atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import os
 import platform
@@ -62,6 +63,7 @@ CURVE_TITLES = {
 }
 NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall", "eta")
 MOST_STEPS = 1500
+MOST_POINTS = 2048
 SHELVES = 5
 
 
@@ -283,7 +285,10 @@ def _parameters(path: Path) -> int:
 
 
 def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str, Any]], float]:
-    """Bring every object into the unit sphere of its input and measure how far predictions are from it."""
+    """Bring every object into the unit sphere of its input and measure how far predictions are from it.
+
+    Files of older runs have no colours of features; only methods with a 2D teacher have its images and its saliency.
+    """
     if arrays is None:
         return [], 1.0
     from scipy.spatial import cKDTree
@@ -293,7 +298,7 @@ def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str,
         clouds = {key: arrays[f"{key}_{number}"] for key in ("input", "visible", "reconstruction")}
         center = (clouds["input"].max(0) + clouds["input"].min(0)) / 2
         size = max(float(np.linalg.norm(clouds["input"] - center, axis=1).max()), 1e-9)
-        clouds = {key: ((cloud - center) / size)[: 2048 if key == "input" else None] for key, cloud in clouds.items()}
+        clouds = {key: ((cloud - center) / size)[: MOST_POINTS if key == "input" else None] for key, cloud in clouds.items()}
         tree = cKDTree(clouds["input"])
         shown = np.isfinite(clouds["reconstruction"]).all(1)
         clouds["reconstruction"] = clouds["reconstruction"][shown]
@@ -304,6 +309,7 @@ def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str,
             {
                 "name": str(name),
                 "visible_share": share,
+                **_seen_by_teacher(arrays, number),
                 **{key: packed(np.unique(c, axis=0) if key == "visible" else c) for key, c in clouds.items()},
             }
         )
@@ -312,6 +318,32 @@ def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str,
         picture["mean_error"] = float(error.mean()) if len(error) else 0.0
         picture["error"] = _base64(np.round(255 * np.clip(error / max(scale, 1e-9), 0, 1)).astype(np.uint8))
     return found, scale
+
+
+def _seen_by_teacher(arrays: dict[str, np.ndarray], number: int) -> dict[str, Any]:
+    """What a picture has besides the clouds: colours of the features of the points, saliency of the points, images of depth."""
+    found: dict[str, Any] = {}
+    if f"colors_{number}" in arrays:
+        found["colors"] = _base64(arrays[f"colors_{number}"][:MOST_POINTS])
+    if f"saliency_{number}" in arrays:
+        from scipy.spatial import cKDTree
+
+        saliency = arrays[f"saliency_{number}"]
+        share = (saliency - saliency.min()) / max(float(np.ptp(saliency)), 1e-12)
+        nearest = cKDTree(arrays[f"centers_{number}"]).query(arrays[f"input_{number}"][:MOST_POINTS])[1]
+        found["saliency"] = _base64(np.round(255 * share[nearest]).astype(np.uint8))
+    if f"depth_{number}" in arrays:
+        found["depth"] = [_png(image) for image in arrays[f"depth_{number}"]]
+    return found
+
+
+def _png(image: np.ndarray) -> str:
+    """A grey image with values in 0..1 as the address of a PNG."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.round(255 * image.clip(0, 1)).astype(np.uint8)).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _base64(array: np.ndarray) -> str:

@@ -44,6 +44,8 @@ def test_everything_the_report_draws_is_saved(encoder, train_shapes, test_shapes
     with np.load(folder / "pictures.npz") as pictures:
         assert pictures["names"].tolist() == ["shapes[0]", "shapes[2]", "shapes[3]"]  # one of each class, evenly spaced
         np.testing.assert_array_equal(pictures["input_1"], test_shapes.points[2])
+        assert pictures["colors_1"].shape == test_shapes.points[2].shape
+        assert len(np.unique(pictures["colors_1"], axis=0)) > 3  # features differ from point to point
     with np.load(folder / "embedding.npz") as embedding:
         assert embedding["features"].shape == (68, 16)
         assert embedding["test"].sum() == 20

@@ -65,6 +65,10 @@ def run(tmp_path: Path) -> Path:
         **{f"input_{i}": cloud for i in range(2)},
         **{f"visible_{i}": cloud[:32] for i in range(2)},
         **{f"reconstruction_{i}": cloud[32:] + np.float32(0.05) for i in range(2)},
+        colors_0=np.full((len(cloud), 3), 200, np.uint8),
+        centers_0=cloud[:4],
+        saliency_0=np.arange(4, dtype=np.float32),
+        depth_0=np.full((3, 224, 224), 0.5, np.float32),
     )
     return folder
 

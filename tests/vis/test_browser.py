@@ -114,6 +114,11 @@ def test_report_in_a_browser(browser, run):
     wait(lambda: browser.execute_script(PICTURE, result) != before)
     assert "nearest input point" in find("#reconstructions .ramp").text
 
+    # Features, saliency and what the teacher saw stand beside it.
+    images = browser.find_elements(By.CSS_SELECTOR, ".object .depth img")
+    assert [browser.execute_script("return arguments[0].naturalWidth", image) for image in images] == [224] * 3
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".object:first-child canvas")) == 5
+
     # One cursor reads all curves.
     charts = browser.find_elements(By.CSS_SELECTOR, "#curves .chart svg")
     point_at(browser, charts[0], 0.5, 0.5)

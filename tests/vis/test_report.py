@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from geossl.errors import DataError
 from geossl.vis import write_report
@@ -120,6 +122,20 @@ def test_predictions_that_are_not_finite_are_left_out(run):
     arrays["reconstruction_0"][3] = np.nan
     np.savez(path, **arrays)
     assert np.isfinite(payload(write_report(run).read_text())["pictures"][0]["mean_error"])
+
+
+def test_what_a_teacher_saw_is_shown_where_there_is_one(run):
+    first, second = payload(write_report(run).read_text())["pictures"]
+    count = len(np.load(run / "report" / "pictures.npz")["input_0"])
+    assert len(base64.b64decode(first["colors"])) == 3 * count
+    saliency = np.frombuffer(base64.b64decode(first["saliency"]), np.uint8)
+    assert len(saliency) == count
+    assert saliency[:4].tolist() == [0, 85, 170, 255]  # the centres are the first points
+    assert [image.split(",")[0] for image in first["depth"]] == ["data:image/png;base64"] * 3
+    assert (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(first["depth"][0].split(",")[1])))).tolist() == np.full((224, 224), 128).tolist()
+    )
+    assert not {"colors", "saliency", "depth"} & second.keys()
 
 
 def test_bad_folders_teach(run, tmp_path):

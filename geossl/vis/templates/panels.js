@@ -101,7 +101,7 @@ function reconstructionsPanel() {
     for (const [view, index] of views) { view.cloud = () => reconstructionCloud(index, byError); view.dirty = true; }
   });
   paintLegend();
-  heading(section, "Reconstructions", "Objects the training never saw (where the data has a test part). The encoder sees the visible part only; in the last picture it is grey, and what the decoder predicts is coloured. Drag to turn, double-click to reset.", el("div", {}, control, " ", legend));
+  heading(section, "Reconstructions", "Objects the training never saw (where the data has a test part). The encoder sees the visible part only; beside it that part is grey, and what the decoder predicts is coloured. Drag to turn, double-click to reset.", el("div", {}, control, " ", legend));
   const list = el("div", { class: "objects" });
   section.append(list);
   DATA.pictures.forEach((p, index) => {
@@ -115,9 +115,24 @@ function reconstructionsPanel() {
     const [visible] = cell(() => heightCloud(p.visible), `visible, ${Math.round(100 * p.visible_share)} %`, "Visible part");
     const [result, view] = cell(() => reconstructionCloud(index, byError), "visible + predicted", "Reconstruction");
     views.push([view, index]);
-    list.append(el("article", { class: "card object" }, el("header", {}, el("h3", {}, p.name), el("span", {}, `mean error ${p.mean_error.toFixed(3)}`)), el("div", { class: "trio" }, input, visible, result)));
+    const cells = [input, visible, result];
+    if (p.colors) {
+      const rgb = decode(p.colors, Uint8Array);
+      cells.push(cell(() => heightCloud(p.input).painted((i) => rgb.subarray(3 * i, 3 * i + 3)), "features", "Features of the points")[0]);
+    }
+    if (p.saliency) {
+      const share = decode(p.saliency, Uint8Array);
+      cells.push(cell(() => heightCloud(p.input).painted((i) => rampColor("warm", share[i] / 255)), "saliency", "Saliency")[0]);
+    }
+    if (p.depth) {
+      const images = p.depth.map((src, k) => el("img", { src, alt: `What the teacher sees of ${p.name}, view ${k + 1}` }));
+      cells.push(el("div", {}, el("div", { class: "stage depth" }, ...images), el("p", {}, "what the teacher sees")));
+    }
+    list.append(el("article", { class: "card object" }, el("header", {}, el("h3", {}, p.name), el("span", {}, `mean error ${p.mean_error.toFixed(3)}`)), el("div", { class: "trio" }, ...cells)));
   });
-  section.append(el("p", { class: "note" }, "Units: the largest distance from an object's centre is 1. Error: distance from a predicted point to the nearest input point."));
+  section.append(el("p", { class: "note" }, "Units: the largest distance from an object's centre is 1. Error: distance from a predicted point to the nearest input point." +
+    (DATA.pictures.some((p) => p.colors) ? " Features: those of the tokens, carried to the points; the three main components over all objects shown are red, green and blue." : "") +
+    (DATA.pictures.some((p) => p.saliency) ? " Saliency: where the 2D teacher looks, dark for little; its images are three depth maps, grey being empty." : "")));
 }
 
 /* ---- shared by map and neighbours ---------------------------------------------------------------------------------------- */
