@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from geossl.evaluation import PROBES, InstanceScore, ProbeProtocol, Prober, Toke
 from geossl.evaluation.instances import instance_table
 from geossl.evaluation.summary import class_table, confusion_table, summarise, table_of
 from geossl.evaluation.token_probe import token_table
+from geossl.models import CloudTeacher, TeacherConfig, TeacherPoints
 
 PROBE_FAMILIES = {"knn": ("knn",), "linear": ("linear",), "svm": ("svm", "svm_cv", "svm_published")}
 """What the name of a probe before the model stands for."""
@@ -69,6 +70,10 @@ class EvaluateConfig:
     """Events: also cluster tokens by their attention and print how well the clusters are the true particles."""
     seed: int = 0
     """Initialisation of the random baselines."""
+    with_teacher: bool = False
+    """One more baseline: the features of the 2D model `teacher` in three views, carried to the points, without any 3D network."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """For with_teacher: which 2D model, and where its weights are."""
     per_class: bool = False
     """Also print the recall of every class."""
     confusion: bool = False
@@ -122,7 +127,12 @@ def evaluate(name: str, backbone: Any, config: EvaluateConfig) -> dict[str, Any]
     protocol = ProbeProtocol(probes=config.probes, resplit_seeds=tuple(range(config.resplits)), published_c=config.published_c)
     train, test = config.data.build("train"), config.data.build("test") if config.official else None
     layers = list(config.layers) or None
-    prober = Prober(train, test, protocol=protocol, layers=layers, pooling=config.pooling, batch_size=config.batch_size)
+    teacher = None
+    if config.with_teacher:
+        seen_by = CloudTeacher(config.teacher)
+        seen_by.load()  # a missing file ends the program now, not after the encoder was probed
+        teacher = TeacherPoints(seen_by)
+    prober = Prober(train, test, protocol=protocol, layers=layers, pooling=config.pooling, batch_size=config.batch_size, teacher=teacher)
     return summarise(
         prober.probe(backbone),
         prober.baselines(backbone, config.seed),

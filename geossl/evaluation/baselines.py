@@ -20,7 +20,9 @@ BASELINES = {
     "shape_histogram": "hand-made shape descriptor, 71 numbers",
     "random_uncalibrated": "random weights, BatchNorm statistics untouched (misleading: see random)",
     "random": "random weights, BatchNorm statistics calibrated on the training set",
+    "teacher": "features of a 2D model in three views, carried to the points, no 3D network",
 }
+"""In the order of the tables. `teacher` only where one is given."""
 
 
 def random_twin(backbone: nn.Module, seed: int = 0) -> nn.Module:

@@ -28,6 +28,7 @@ class Prober:
         pooling: How tokens become one vector.
         points: Points per cloud, a prefix of the stored farthest-point order; None for all stored.
         batch_size: Clouds per forward pass.
+        teacher: A 2D model whose features of the points are one more baseline, see :class:`geossl.models.TeacherPoints`.
 
     Raises:
         DataError: the data set has no classes or no labelled cloud.
@@ -52,7 +53,9 @@ class Prober:
         pooling: Pooling = "mean_max",
         points: int | None = None,
         batch_size: int = 32,
+        teacher: nn.Module | None = None,
     ) -> None:
+        self.teacher = teacher
         self.parts = [train] if test is None else [train, test]
         self.protocol = protocol or ProbeProtocol()
         self.layers, self.pooling, self.points, self.batch_size = layers, pooling, points, batch_size
@@ -63,14 +66,14 @@ class Prober:
         self._random: dict[tuple[str, int], dict[str, list[ProbeScore]]] = {}
 
     def features(self, backbone: nn.Module) -> Features:
-        """Embed the labelled clouds of both parts, training part first."""
+        """Embed the labelled clouds of both parts, training part first. Layers are blocks of a 3D encoder: a teacher has none."""
         return self._with_labels(
             [
                 embed(
                     backbone,
                     part,
                     rows=rows,
-                    layers=self.layers,
+                    layers=None if backbone is self.teacher else self.layers,
                     pooling=self.pooling,
                     points=self.points,
                     batch_size=self.batch_size,
@@ -97,6 +100,8 @@ class Prober:
                 [np.stack([shape_descriptor(part.get(int(row), None).points[: self.points]) for row in rows]) for part, rows in pairs]
             )
             self._fixed = {"majority": [majority_score(descriptors, self.protocol)], "shape_histogram": probe(descriptors, self.protocol)}
+            if self.teacher is not None:
+                self._fixed["teacher"] = self.probe(self.teacher)
         key = (repr(backbone.config), seed)
         if key not in self._random:
             twin = random_twin(backbone, seed)
@@ -104,7 +109,7 @@ class Prober:
             calibrate_batchnorm(twin, self.parts[0], points=self.points, seed=seed)
             self._random[key] = {"random_uncalibrated": uncalibrated, "random": self.probe(twin)}
         scores = {**self._fixed, **self._random[key]}
-        return {name: scores[name] for name in BASELINES}
+        return {name: scores[name] for name in BASELINES if name in scores}
 
     def quick(self, backbone: nn.Module) -> dict[str, float]:
         """Scores for a log: linear SVM with fixed C on the resplits (``svm``, ``svm_std``) and, where there is one, the official split."""

@@ -86,7 +86,7 @@ def table_of(summary: Mapping[str, Any]) -> Any:
     for row in rows_of(summary):
         cells = [_cell(score) for score in row["cells"]]
         table.add_row(row["name"], *cells, style="bold" if row["own"] else None, end_section=row is rows_of(summary)[-2])
-    table.caption = "\n".join(f"{name}: {text}" for name, text in {**BASELINES, **{p: PROBES[p] for p in probes}}.items())
+    table.caption = "\n".join(f"{name}: {text}" for name, text in {**summary["baselines_about"], **{p: PROBES[p] for p in probes}}.items())
     table.caption_justify = "left"
     return table
 

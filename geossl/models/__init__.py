@@ -1,6 +1,6 @@
 """Backbones: encoders from raw input to tokens or feature pyramids. No masking, no decoder, no loss."""
 
-from geossl.models.cloud_teacher import CloudOutput, CloudTeacher, TeacherStore
+from geossl.models.cloud_teacher import CloudOutput, CloudTeacher, TeacherPoints, TeacherStore
 from geossl.models.factory import BACKBONES, FeatureInfo, create_backbone, list_backbones, load, save_backbone
 from geossl.models.point_m2ae import PointM2AEEncoder, PointM2AEEncoderConfig
 from geossl.models.point_vit import PointViT, PointViTConfig
@@ -19,6 +19,7 @@ __all__ = [
     "Teacher",
     "TeacherConfig",
     "TeacherOutput",
+    "TeacherPoints",
     "TeacherStore",
     "VolumeGroups",
     "VolumePointViT",

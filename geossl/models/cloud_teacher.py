@@ -30,11 +30,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from geossl.errors import ConfigError, DataError
-from geossl.geometry import PackedPoints
-from geossl.layers.projection import VIEWS, ViewFrames, fit_views, project_views
+from geossl.geometry import PackedPoints, Tokens
+from geossl.layers.projection import VIEWS, ViewFrames, back_project, fit_views, project_views
+from geossl.models.point_vit import packed_clouds
 from geossl.models.teachers import Teacher, TeacherConfig, TeacherOutput
 from geossl.ops import offsets_from_lengths
 
@@ -147,6 +148,30 @@ class CloudTeacher:
         output = self.load().to(images.device)(by_cloud.float())
         features, saliency = (x.unflatten(0, (-1, VIEWS)).transpose(0, 1).flatten(0, 1) for x in output)
         return TeacherOutput(features, saliency)
+
+
+class TeacherPoints(nn.Module):
+    """The features of a 2D teacher as those of points: what any encoder that learned from it should beat.
+
+    Every point has the features at its place in the three views, side by side. It goes where a frozen backbone goes: to
+    :func:`geossl.extract_features` and to the probes.
+
+    Args:
+        teacher: The 2D model.
+    """
+
+    in_channels = 3
+
+    def __init__(self, teacher: CloudTeacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    @torch.no_grad()
+    def forward(self, points: PackedPoints | Tensor) -> Tokens:
+        """Describe clouds: packed, or ``[B, N, 3]`` float32. Every point is a token, ``feats [M, 3C]``. No gradient."""
+        clouds = packed_clouds(points, self.in_channels)
+        seen = self.teacher(clouds)
+        return Tokens(back_project(seen.features, clouds, seen.frames).flatten(1), clouds.coord, clouds.offsets)
 
 
 class TeacherStore:

@@ -43,6 +43,7 @@ BASELINE_TITLES = {
     "shape_histogram": "Shape histogram",
     "random_uncalibrated": "Random encoder, raw",
     "random": "Random encoder, calibrated",
+    "teacher": "2D teacher, no 3D network",
     "encoder": "This encoder",
 }
 METHOD_TITLES = {

@@ -44,6 +44,16 @@ def test_a_run_is_probed_on_its_own_data_with_every_baseline(export, tmp_path, c
         assert name in printed
 
 
+def test_a_2d_teacher_stands_beside(export, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    args = ["--resplits", "1", "--probes", "svm", "--with_teacher", "--teacher.name", "random", "--out", str(out)]
+    assert evaluate.main([str(export), *args]) == 0
+    summary = json.loads(out.read_text())
+    assert list(summary["baselines"])[-1] == "teacher"
+    assert 0.1 < summary["baselines"]["teacher"][0]["mean"] < 0.9
+    assert "no 3D network" in capsys.readouterr().out
+
+
 def test_flags_win_over_the_run(export, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(evaluate, "evaluate", lambda name, backbone, config: seen.update(config=config) or {})
@@ -96,6 +106,7 @@ def test_columns_follow_the_backbone():
         ([], "name a model first"),
         (["svm"], "name a model first"),
         (["no_such.pth"], "no_such.pth: no such file"),
+        (["point_vit_tiny", "--with_teacher", "--teacher.weights", "none.pth"], "none.pth"),
         (["point_vit_tiny", "--published_c", "0"], "published_c must be > 0, got 0"),
         (["point_vit_tiny", "--data.name", "object"], "did you mean 'objects'"),
         (["point_vit_tiny", "--resplit", "3"], "resplits"),

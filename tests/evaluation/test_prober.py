@@ -8,6 +8,7 @@ import torch
 
 from geossl.errors import ConfigError, DataError
 from geossl.evaluation import BASELINES, ProbeProtocol, Prober, calibrate_batchnorm, embed, quick_probe, random_twin, shape_descriptor
+from geossl.models import CloudTeacher, TeacherConfig, TeacherPoints
 
 
 def test_descriptor_is_71_numbers_free_of_place_and_size(train_shapes):
@@ -79,7 +80,7 @@ def test_random_twin_depends_on_its_seed_alone(encoder):
 def test_baselines_stand_beside_and_are_computed_once(encoder, train_shapes, test_shapes):
     prober = Prober(train_shapes, test_shapes, protocol=ProbeProtocol(probes=("knn", "svm")))
     baselines = prober.baselines(encoder)
-    assert list(baselines) == list(BASELINES)
+    assert list(baselines) == [name for name in BASELINES if name != "teacher"]
     assert baselines["majority"][0].official == 0.25
     assert baselines["shape_histogram"][1].mean > 0.9
     assert baselines["random"] != baselines["random_uncalibrated"]
@@ -87,6 +88,16 @@ def test_baselines_stand_beside_and_are_computed_once(encoder, train_shapes, tes
     train_shapes.asked.clear()
     assert prober.baselines(encoder)["random"] is baselines["random"]
     assert not train_shapes.asked
+
+
+def test_a_teacher_is_one_more_baseline(encoder, train_shapes, test_shapes):
+    teacher = TeacherPoints(CloudTeacher(TeacherConfig(name="random")))
+    prober = Prober(train_shapes, test_shapes, protocol=ProbeProtocol(probes=("svm",)), layers=[0], pooling="mean", teacher=teacher)
+    baselines = prober.baselines(encoder)
+    assert list(baselines) == list(BASELINES)
+    values = np.concatenate([embed(teacher, part, rows=rows, pooling="mean") for part, rows in zip(prober.parts, prober.rows, strict=True)])
+    np.testing.assert_array_equal(prober.features(teacher).values, values)
+    assert baselines["teacher"][0].resplits == prober.probe(teacher)[0].resplits
 
 
 def test_probe_uses_official_split_and_skips_unlabelled(encoder, train_shapes, test_shapes):

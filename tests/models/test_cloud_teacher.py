@@ -12,7 +12,8 @@ from torch import nn
 
 from geossl.errors import ConfigError, DataError
 from geossl.geometry import PackedPoints
-from geossl.models import CloudTeacher, Teacher, TeacherConfig
+from geossl.layers import back_project
+from geossl.models import CloudTeacher, Teacher, TeacherConfig, TeacherPoints
 from geossl.models.cloud_teacher import fixed_cloud_key
 
 RANDOM = TeacherConfig(name="random")
@@ -195,3 +196,18 @@ def test_channels_are_known_without_weights(name):
     }
     weights = None if name in ("random", "mobilenet_v2") else "missing.pt"
     assert TeacherConfig(name=name, weights=weights).channels == expected[name]
+
+
+def test_points_have_the_features_of_their_places_in_the_three_views():
+    teacher, two = CloudTeacher(RANDOM), clouds(40, 25)
+    seen = teacher(two)
+    tokens = TeacherPoints(teacher)(two)
+    assert tokens.feats.shape == (65, 3 * 32)
+    assert torch.equal(tokens.centers, two.coord)
+    assert torch.equal(tokens.offsets, two.offsets)
+    per_view = seen.features.unflatten(0, (3, 2))
+    alone = PackedPoints(two.coord[40:], torch.tensor([0, 25]))
+    second = back_project(per_view[:, 1].contiguous(), alone, teacher(alone).frames)
+    torch.testing.assert_close(tokens.feats[40:].view(25, 3, 32), second)
+    with pytest.raises(ValueError, match=r"3"):
+        TeacherPoints(teacher)(torch.zeros(1, 5, 6))
