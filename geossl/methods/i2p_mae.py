@@ -117,10 +117,7 @@ class I2PMAE(PointM2AE):
             ConfigError: answers are to be stored but the data set draws other points in every epoch.
             DataError: the store cannot be written.
         """
-        teacher = self.teacher.load()
-        channels = self.feature_head.out_features // (VIEWS * self.backbone.config.group_sizes[-self.stages])
-        if teacher.channels != channels:
-            raise ConfigError(f"the teacher {teacher.name!r} gives {teacher.channels} channels, the model was made for {channels}")
+        self.check_teacher()
         if self.teacher.store is None:
             return
         self.teacher.store.check_writable()
@@ -134,6 +131,13 @@ class I2PMAE(PointM2AE):
                     "Use all points of each cloud, or the same ones (data.pool equal to data.points), and data.augment.dropout 0; or set "
                     "teacher_store: null"
                 )
+
+    def check_teacher(self) -> None:
+        """Load the teacher, and refuse it (ConfigError) if its features are not those that the model predicts."""
+        teacher = self.teacher.load()
+        channels = self.feature_head.out_features // (VIEWS * self.backbone.config.group_sizes[-self.stages])
+        if teacher.channels != channels:
+            raise ConfigError(f"the teacher {teacher.name!r} gives {teacher.channels} channels, the model was made for {channels}")
 
     def forward(self, batch: PointBatch, *, generator: torch.Generator | None = None, mask: Tensor | None = None) -> Output:
         """Ask the teacher, hide tokens, reconstruct points and features, and measure how well.
@@ -191,6 +195,7 @@ class I2PMAE(PointM2AE):
 
     def look(self, batch: PointBatch) -> CloudOutput:
         """What the teacher says of the three views of each cloud."""
+        self.check_teacher()
         return self.teacher(self.looked_at(batch), fixed=self.config.teacher_view == "original")
 
     @torch.no_grad()
@@ -292,7 +297,8 @@ def convert_reference_state(
     Raises:
         CheckpointError: the state is not an I2P-MAE pretraining checkpoint.
     """
-    config = {"local_radius": (0.0, 0.0, 0.0), **(config or {})}
+    config = dict(config or {})
+    config.setdefault("local_radius", [0.0] * len(config.get("num_groups", (512, 256, 64))))
     own = {key: value for key, value in state.items() if not key.startswith("clip_model.")}
     encoder, decoder, converted = convert_reference_weights(own, {"rec_head_3d.": "head.", "rec_head_2d.": "feature_head."}, "I2P-MAE")
     backbone = reference_encoder_config(encoder, config)

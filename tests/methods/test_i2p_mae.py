@@ -170,8 +170,9 @@ def test_every_trained_parameter_gets_a_gradient_and_belongs_to_a_layer():
 def test_a_teacher_of_other_channels_is_refused():
     method = tiny()
     method.teacher.use(Teacher(torch.nn.Conv2d(3, 5, 16, 16), name="other", channels=5, digest="1"))
-    with pytest.raises(ConfigError, match="the teacher 'other' gives 5 channels, the model was made for 32"):
-        method.prepare()
+    for use in (method.prepare, lambda: method(clouds(60))):
+        with pytest.raises(ConfigError, match="the teacher 'other' gives 5 channels, the model was made for 32"):
+            use()
 
 
 # Views of the teacher -----------------------------------------------------------------------------------------------------------------
@@ -339,6 +340,13 @@ def test_released_numbers_are_assumed_without_a_configuration(published_names):
     config = loaded.backbone.config
     assert (config.groups, config.group_sizes, config.depths, config.heads) == ((512, 256, 64), (16, 8, 8), (5, 5, 5), 6)
     assert (loaded.config.predicted_points, loaded.config.feature_channels, loaded.config.mask_ratio) == (8, 512, 0.8)
+
+
+def test_files_of_two_scales_need_no_radius(published_names):
+    scales = {"dims": (8, 24), "depths": (1, 1), "groups": (24, 8), "group_sizes": (6, 4), "local_radius": (0.0, 0.0)}
+    state = published_names(tiny(scales))
+    loaded = geossl.load_reference("i2p_mae", state, {"num_groups": [24, 8], "group_sizes": [6, 4], "num_heads": 2})
+    assert loaded.backbone.config.local_radius == (0, 0)
 
 
 def test_extra_missing_and_foreign_weights_are_listed(published_names):
