@@ -80,6 +80,8 @@ class I2PMAEConfig(PointM2AEConfig):
             raise ConfigError(f"saliency_temperature must be above 0, or None for the published form, got {self.saliency_temperature}")
         if self.teacher is None and self.feature_channels is None:
             raise ConfigError("feature_channels must be given where there is no teacher to ask")
+        if self.feature_channels is not None and self.feature_channels < 1:
+            raise ConfigError(f"feature_channels must be at least 1, or None for those of the teacher, got {self.feature_channels}")
 
     def build(self, backbone: nn.Module) -> I2PMAE:
         """Create the method around ``backbone`` with fresh decoder weights. The teacher's weights are not read yet."""
@@ -272,7 +274,7 @@ def _evenness(probability: Tensor, offsets: Tensor) -> dict[str, Tensor]:
     highest, lowest = ops.segment_reduce(probability, offsets, "max"), ops.segment_reduce(probability, offsets, "min")
     most = offsets.diff().log()
     share = torch.where(most > 0, entropy / most, 1)
-    return {"mask_entropy": share.mean(), "mask_odds": (highest / lowest.clamp(min=torch.finfo(lowest.dtype).tiny)).mean()}
+    return {"mask_entropy": share.mean(), "mask_odds": (highest / lowest.clamp(min=1e-30)).mean()}
 
 
 @METHODS.register
@@ -336,11 +338,12 @@ def reference_teacher(source: str | os.PathLike[str] | Mapping[str, Any], *, hea
         raise CheckpointError(f"{name}: holds no teacher (clip_model.visual.*); build one from its own file with TeacherConfig")
     state = convert_clip_state(visual)
     dim, _, patch, _ = state["patch_embed.weight"].shape
+    heads = heads or dim // 64
     tower = ImageViT(
         ImageViTConfig(
             dim=dim,
             depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-            heads=heads or dim // 64,
+            heads=heads,
             patch=patch,
             grid=round((state["pos_embed"].shape[1] - 1) ** 0.5),
             embed_dim=state["head.weight"].shape[0],
@@ -351,4 +354,4 @@ def reference_teacher(source: str | os.PathLike[str] | Mapping[str, Any], *, hea
         )
     )
     load_state(tower, state, source=name)
-    return Teacher(tower, name="i2p_mae_clip", channels=tower.config.channels, digest=state_digest(state))
+    return Teacher(tower, name=f"i2p_mae_clip_{heads}_heads", channels=tower.config.channels, digest=state_digest(state))
