@@ -10,6 +10,7 @@ import yaml
 
 from geossl.errors import CheckpointError, ConfigError
 from geossl.methods import REFERENCES, load_reference
+from geossl.methods.reference import find_system
 from geossl.models import save_backbone
 from geossl.tasks import TASKS, PartSegmentationConfig, save_task
 
@@ -24,7 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="IN", help="the official file (.pth, .pt, .safetensors)")
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write; made if missing")
-    parser.add_argument("--system", default="point_mae", help=f"which system published it: {', '.join(REFERENCES)} (default: %(default)s)")
+    parser.add_argument(
+        "--system",
+        help=f"which system published it: {', '.join(REFERENCES)} (default: told by the names of the weights; a fine-tuned I2P-MAE "
+        "has those of Point-M2AE, so say it)",
+    )
     parser.add_argument(
         "--config",
         type=Path,
@@ -34,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise CheckpointError(f"{args.folder} exists and is not an empty folder; name a new one")
-    model = load_reference(args.system, args.source, read_published_config(args.config))
+    published = read_published_config(args.config)
+    system = args.system or find_system(args.source)
+    model = load_reference(system, args.source, published)
     backbone = model.get_submodule("backbone")
     save_backbone(backbone, args.folder)
     count = sum(p.numel() for p in backbone.parameters())
-    print(
-        f"{args.source}: {type(model).__name__} of system {args.system}; its encoder ({count / 1e6:.1f} M parameters) is in {args.folder}"
-    )
+    print(f"{args.source}: {type(model).__name__} of system {system}; its encoder ({count / 1e6:.1f} M parameters) is in {args.folder}")
     print(f"use it:  geossl.load({str(args.folder)!r})")
     task: Any = model.config
     if task.name in TASKS.names():

@@ -64,7 +64,8 @@ class TrainConfig:
     batch_size: int = 32
     """Samples per optimiser step, over all processes and accumulated micro-batches."""
     accumulate: int = 1
-    """Micro-batches per optimiser step of each process. Equal to the big batch, save that BatchNorm sees one micro-batch at a time."""
+    """Micro-batches per optimiser step of each process. Equal to the big batch, save that BatchNorm sees one micro-batch at a time, and
+    that where samples have different numbers of tokens (point_m2ae, i2p_mae) a micro-batch counts by its samples."""
     workers: int = 0
     """Worker processes that load data, for each training process."""
     seed: int = 0

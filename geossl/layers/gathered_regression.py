@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _ROWS = 1024  # tokens at a time
+_UNIT = 2.0**-5  # errors times this, summed over so many tokens, stay within half precision
 
 
 def gathered_regression_loss(head: nn.Linear, tokens: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -28,7 +29,15 @@ def gathered_regression_loss(head: nn.Linear, tokens: Tensor, table: Tensor, ind
 
     Returns:
         Scalar; 0 without tokens. Differentiable once, in the tokens and the head's weights.
+
+    Raises:
+        ValueError: the head does not predict as many channels as the slots have.
     """
+    slots, width = index.shape[1], table.shape[1]
+    if head.out_features != slots * width:
+        raise ValueError(
+            f"gathered_regression_loss: the head predicts {head.out_features} channels, but {slots} slots of {width} make {slots * width}"
+        )
     kind = tokens.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     with torch.autocast(kind, enabled=False):
@@ -55,16 +64,19 @@ class _GatheredRegression(torch.autograd.Function):
                 total += error.square().sum()
                 if grad_tokens is None:
                     continue
-                error *= scale
+                error *= _UNIT
                 grads[1][own] += error.sum(0)
                 error = error.to(dtype)
                 grads[0][own] += error.T @ x
                 grad_tokens[rows] += error @ layer
         if grad_tokens is not None:
-            ctx.save_for_backward(grad_tokens.to(tokens.dtype), *grads)
+            ctx.save_for_backward(grad_tokens, *grads)
+            ctx.scale, ctx.dtypes = scale / _UNIT, (tokens.dtype, weight.dtype, bias.dtype)
         return total * (scale / 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(x * grad.to(x.dtype) for x in ctx.saved_tensors), None, None, None, None)
+        # Divided by their number only here: before the products, that would make zeros of them in half precision.
+        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*((x * (grad.to(x.dtype) * ctx.scale)).to(dtype) for x, dtype in made), None, None, None, None)

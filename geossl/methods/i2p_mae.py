@@ -80,6 +80,8 @@ class I2PMAEConfig(PointM2AEConfig):
             raise ConfigError(f"saliency_temperature must be above 0, or None for the published form, got {self.saliency_temperature}")
         if self.teacher is None and self.feature_channels is None:
             raise ConfigError("feature_channels must be given where there is no teacher to ask")
+        if self.feature_channels is not None and self.feature_channels < 1:
+            raise ConfigError(f"feature_channels must be at least 1, or None for those of the teacher, got {self.feature_channels}")
 
     def build(self, backbone: nn.Module) -> I2PMAE:
         """Create the method around ``backbone`` with fresh decoder weights. The teacher's weights are not read yet."""
@@ -117,10 +119,7 @@ class I2PMAE(PointM2AE):
             ConfigError: answers are to be stored but the data set draws other points in every epoch.
             DataError: the store cannot be written.
         """
-        teacher = self.teacher.load()
-        channels = self.feature_head.out_features // (VIEWS * self.backbone.config.group_sizes[-self.stages])
-        if teacher.channels != channels:
-            raise ConfigError(f"the teacher {teacher.name!r} gives {teacher.channels} channels, the model was made for {channels}")
+        self.check_teacher()
         if self.teacher.store is None:
             return
         self.teacher.store.check_writable()
@@ -134,6 +133,13 @@ class I2PMAE(PointM2AE):
                     "Use all points of each cloud, or the same ones (data.pool equal to data.points), and data.augment.dropout 0; or set "
                     "teacher_store: null"
                 )
+
+    def check_teacher(self) -> None:
+        """Load the teacher, and refuse it (ConfigError) if its features are not those that the model predicts."""
+        teacher = self.teacher.load()
+        channels = self.feature_head.out_features // (VIEWS * self.backbone.config.group_sizes[-self.stages])
+        if teacher.channels != channels:
+            raise ConfigError(f"the teacher {teacher.name!r} gives {teacher.channels} channels, the model was made for {channels}")
 
     def forward(self, batch: PointBatch, *, generator: torch.Generator | None = None, mask: Tensor | None = None) -> Output:
         """Ask the teacher, hide tokens, reconstruct points and features, and measure how well.
@@ -191,6 +197,7 @@ class I2PMAE(PointM2AE):
 
     def look(self, batch: PointBatch) -> CloudOutput:
         """What the teacher says of the three views of each cloud."""
+        self.check_teacher()
         return self.teacher(self.looked_at(batch), fixed=self.config.teacher_view == "original")
 
     @torch.no_grad()
@@ -267,7 +274,7 @@ def _evenness(probability: Tensor, offsets: Tensor) -> dict[str, Tensor]:
     highest, lowest = ops.segment_reduce(probability, offsets, "max"), ops.segment_reduce(probability, offsets, "min")
     most = offsets.diff().log()
     share = torch.where(most > 0, entropy / most, 1)
-    return {"mask_entropy": share.mean(), "mask_odds": (highest / lowest.clamp(min=torch.finfo(lowest.dtype).tiny)).mean()}
+    return {"mask_entropy": share.mean(), "mask_odds": (highest / lowest.clamp(min=1e-30)).mean()}
 
 
 @METHODS.register
@@ -292,7 +299,8 @@ def convert_reference_state(
     Raises:
         CheckpointError: the state is not an I2P-MAE pretraining checkpoint.
     """
-    config = {"local_radius": (0.0, 0.0, 0.0), **(config or {})}
+    config = dict(config or {})
+    config.setdefault("local_radius", [0.0] * len(config.get("num_groups", (512, 256, 64))))
     own = {key: value for key, value in state.items() if not key.startswith("clip_model.")}
     encoder, decoder, converted = convert_reference_weights(own, {"rec_head_3d.": "head.", "rec_head_2d.": "feature_head."}, "I2P-MAE")
     backbone = reference_encoder_config(encoder, config)
@@ -330,11 +338,12 @@ def reference_teacher(source: str | os.PathLike[str] | Mapping[str, Any], *, hea
         raise CheckpointError(f"{name}: holds no teacher (clip_model.visual.*); build one from its own file with TeacherConfig")
     state = convert_clip_state(visual)
     dim, _, patch, _ = state["patch_embed.weight"].shape
+    heads = heads or dim // 64
     tower = ImageViT(
         ImageViTConfig(
             dim=dim,
             depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-            heads=heads or dim // 64,
+            heads=heads,
             patch=patch,
             grid=round((state["pos_embed"].shape[1] - 1) ** 0.5),
             embed_dim=state["head.weight"].shape[0],
@@ -345,4 +354,4 @@ def reference_teacher(source: str | os.PathLike[str] | Mapping[str, Any], *, hea
         )
     )
     load_state(tower, state, source=name)
-    return Teacher(tower, name="i2p_mae_clip", channels=tower.config.channels, digest=state_digest(state))
+    return Teacher(tower, name=f"i2p_mae_clip_{heads}_heads", channels=tower.config.channels, digest=state_digest(state))

@@ -59,7 +59,7 @@ class CloudTeacher:
         size: Rows and columns of the images.
     """
 
-    def __init__(self, config: TeacherConfig | None, store: Path | None = None, size: int = 224) -> None:
+    def __init__(self, config: TeacherConfig | None, store: str | os.PathLike[str] | None = None, size: int = 224) -> None:
         self.config, self.size = config, size
         self.store = None if store is None else TeacherStore(store)
         self._teacher: Teacher | None = None
@@ -181,8 +181,8 @@ class TeacherStore:
         root: Its folder; made when something is written.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
 
     def path(self, teacher: Teacher, size: int, key: str) -> Path:
         """File of the cloud with :func:`cloud_key` ``key``."""
@@ -243,7 +243,8 @@ class TeacherStore:
 
 def cloud_key(points: Tensor) -> str:
     """Name of a cloud ``[N, 3]`` whose points are in order: a hash of their coordinates."""
-    return hashlib.blake2b(np.ascontiguousarray(points.float().numpy()).tobytes(), digest_size=20).hexdigest()
+    coord = points.float().numpy() + np.float32(0)  # turns -0 into 0
+    return hashlib.blake2b(np.ascontiguousarray(coord).tobytes(), digest_size=20).hexdigest()
 
 
 def fixed_cloud_key(points: Tensor) -> str:

@@ -43,7 +43,7 @@ def test_hierarchical_encoders_are_written_too(golden_root, tmp_path, system, ca
         state = {key.replace("rec_head_3d.", "rec_head."): value for key, value in shared.items()}
     torch.save({"base_model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "pretrain.pth")
     (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump({"model": config}))
-    arguments = [tmp_path / "pretrain.pth", tmp_path / "out", "--system", system, "--config", tmp_path / "pretrain.yaml"]
+    arguments = [tmp_path / "pretrain.pth", tmp_path / "out", "--config", tmp_path / "pretrain.yaml"]  # which it is, the weights tell
     assert run("convert", [str(argument) for argument in arguments]) == 0
     assert f"of system {system}" in capsys.readouterr().out
     model = geossl.load_reference(system, tmp_path / "pretrain.pth", config)

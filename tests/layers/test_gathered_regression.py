@@ -52,6 +52,30 @@ def test_no_tokens_give_zero():
     assert not head.weight.grad.any()
 
 
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_gradients_survive_half_precision(size):
+    """With as many numbers as there are in a batch, each has less of a mean than half precision can hold."""
+    torch.manual_seed(0)
+    head, tokens = nn.Linear(16, 2 * 1024), torch.randn(3000, 16).abs().requires_grad_()
+    table, index = size * (2 + torch.randn(50, 1024)), torch.randint(50, (3000, 2))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    inputs = (tokens, head.weight, head.bias)
+    head.weight.data[:, 0] = 0.1  # some way back to the tokens
+    exact = torch.autograd.grad(gathered_regression_loss(head, tokens, table, index), inputs)
+    with torch.autocast("cpu", torch.float16):
+        loss = gathered_regression_loss(head, tokens, table, index)
+    for a, b in zip(torch.autograd.grad(loss * 2.0**16, inputs), exact, strict=True):
+        torch.testing.assert_close(a / 2.0**16, b, rtol=0.02, atol=0.01 * float(b.abs().max()))
+
+
+def test_a_head_of_other_channels_is_refused():
+    head, tokens, table, index = case()
+    with pytest.raises(ValueError, match="the head predicts 12 channels, but 3 slots of 3 make 9"):
+        gathered_regression_loss(head, tokens, table[:, :3], index)
+
+
 def test_autocast_takes_its_type_for_the_products():
     head, tokens, table, index = case(40, torch.float32)
     exact = gathered_regression_loss(head, tokens, table, index)

@@ -170,8 +170,9 @@ def test_every_trained_parameter_gets_a_gradient_and_belongs_to_a_layer():
 def test_a_teacher_of_other_channels_is_refused():
     method = tiny()
     method.teacher.use(Teacher(torch.nn.Conv2d(3, 5, 16, 16), name="other", channels=5, digest="1"))
-    with pytest.raises(ConfigError, match="the teacher 'other' gives 5 channels, the model was made for 32"):
-        method.prepare()
+    for use in (method.prepare, lambda: method(clouds(60))):
+        with pytest.raises(ConfigError, match="the teacher 'other' gives 5 channels, the model was made for 32"):
+            use()
 
 
 # Views of the teacher -----------------------------------------------------------------------------------------------------------------
@@ -200,9 +201,9 @@ def test_without_augmentation_both_views_say_the_same():
     assert all(map(torch.equal, first.aux["hidden"], second.aux["hidden"]))
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 60), (2, 3), (7,)])
-@pytest.mark.parametrize("options", [{}, {"saliency_temperature": 1.0}, {"teacher_view": "original"}])
-def test_clouds_of_few_points_have_finite_losses(lengths, options):
+@pytest.mark.parametrize("lengths", [(1,), (1, 60), (2, 3), (7,), (60,) * 8])
+@pytest.mark.parametrize("options", [{}, {"saliency_temperature": 1.0}, {"saliency_temperature": 1e-3}, {"teacher_view": "original"}])
+def test_clouds_of_few_points_and_certain_teachers_have_finite_numbers(lengths, options):
     method = tiny(**options).eval()
     output = method(clouds(*lengths))
     assert output.loss.isfinite()
@@ -250,6 +251,7 @@ def test_pictures_hold_what_the_teacher_sees():
         ({"saliency_temperature": 0.0}, ConfigError, "saliency_temperature must be above 0, or None for the published form, got 0.0"),
         ({"teacher_store": "somewhere"}, ConfigError, "teacher_store needs teacher_view: original"),
         ({"teacher": None}, ConfigError, "feature_channels must be given where there is no teacher to ask"),
+        ({"feature_channels": 0}, ConfigError, "feature_channels must be at least 1, or None for those of the teacher, got 0"),
         ({"predicted_points": 0}, ConfigError, "predicted_points must be at least 1, got 0"),
     ],
 )
@@ -323,7 +325,8 @@ def test_official_files_load_and_give_the_same_numbers(tmp_path, prefix, publish
     assert torch.equal(loaded(batch, mask=mask).loss, method(batch, mask=mask).loss)
     geossl.models.save_backbone(loaded.backbone, tmp_path / "saved")
     assert torch.equal(geossl.load(tmp_path / "saved")(batch.points).feats, loaded.backbone(batch.points).feats)
-    assert teacher.digest == reference_teacher(path, heads=2).digest
+    assert teacher.fingerprint == reference_teacher(path, heads=2).fingerprint
+    assert teacher.fingerprint != reference_teacher(path, heads=1).fingerprint  # other answers from the same weights
     clip["clip_model.visual.proj"] += 1
     assert teacher.digest != reference_teacher(clip, heads=2).digest
 
@@ -339,6 +342,13 @@ def test_released_numbers_are_assumed_without_a_configuration(published_names):
     config = loaded.backbone.config
     assert (config.groups, config.group_sizes, config.depths, config.heads) == ((512, 256, 64), (16, 8, 8), (5, 5, 5), 6)
     assert (loaded.config.predicted_points, loaded.config.feature_channels, loaded.config.mask_ratio) == (8, 512, 0.8)
+
+
+def test_files_of_two_scales_need_no_radius(published_names):
+    scales = {"dims": (8, 24), "depths": (1, 1), "groups": (24, 8), "group_sizes": (6, 4), "local_radius": (0.0, 0.0)}
+    state = published_names(tiny(scales))
+    loaded = geossl.load_reference("i2p_mae", state, {"num_groups": [24, 8], "group_sizes": [6, 4], "num_heads": 2})
+    assert loaded.backbone.config.local_radius == (0, 0)
 
 
 def test_extra_missing_and_foreign_weights_are_listed(published_names):

@@ -88,6 +88,11 @@ def test_stored_answers_equal_computed_ones_and_the_teacher_is_not_asked_again(t
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_store_may_be_named_by_a_string(tmp_path):
+    teacher_with(str(tmp_path))(clouds(40), fixed=True)
+    assert len(files(tmp_path)) == 1
+
+
 def test_augmented_clouds_are_not_stored(tmp_path):
     teacher = teacher_with(tmp_path)
     teacher(clouds(40))
@@ -175,6 +180,10 @@ def test_keys_follow_the_points_alone():
     points = clouds(50).coord
     assert fixed_cloud_key(points) == fixed_cloud_key(points[torch.randperm(50)])
     assert fixed_cloud_key(points) != fixed_cloud_key(points[:49])
+    points[:2] = 0
+    negative = points.clone()
+    negative[0] = -0.0
+    assert fixed_cloud_key(points) == fixed_cloud_key(negative) == fixed_cloud_key(negative.flip(0))
 
 
 def test_autocast_around_it_changes_nothing(tmp_path):
