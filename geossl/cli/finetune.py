@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 def finetune(config: FinetuneConfig, world: World) -> int:
     """Fine-tune as ``config`` says, as one of the processes of ``world``; returns the exit code."""
     if config.few_shot.way:
-        return run_few_shot(config, world, train_task)
+        return run_few_shot(config, world, train_task, build_backbone)
     return exit_code(train_task(config, world, labelled_part(config), config.data.build("test")), config.train.run_folder)
 
 
