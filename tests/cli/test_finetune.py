@@ -124,6 +124,10 @@ def test_accuracy_counts() -> None:
         (["--task.name", "clasification"], "did you mean 'classification'"),
         (["--evaluate_every", "0"], "evaluate_every must be at least 1"),
         (["--optim.layer_decay", "2"], "optim.layer_decay must lie in (0, 1]"),
+        (
+            ["--train.batch_size", "4", "--train.accumulate", "4"],
+            "train.batch_size: task classification normalises over the clouds of each",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
