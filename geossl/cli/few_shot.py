@@ -16,6 +16,7 @@ from geossl.config import require
 from geossl.data import ModelNet40FewShotConfig, draw_episode
 from geossl.data.files import atomic_write, read_json
 from geossl.engine import Result, World, seed_everything
+from geossl.engine.run_folder import clear_run_folder
 from geossl.errors import ConfigError
 from geossl.evaluation import Features, ProbeProtocol, embed, probe
 
@@ -82,10 +83,15 @@ def run_few_shot(
     if config.resume == "auto":
         for one in folds:
             check_same_episodes(one)
-    rows = []
     if options.classifier != "finetune":
         seed_everything(config.train.seed)
         backbone = build_backbone(config)
+    if config.resume != "auto":  # all at once: an interrupted run must not be continued with folds of the one it replaces
+        (folder / "few_shot.json").unlink(missing_ok=True)
+        for place in folder.glob("fold_*"):
+            (place / "score.json").unlink(missing_ok=True)
+            clear_run_folder(place)
+    rows = []
     for fold, one in enumerate(folds):
         train, test = episode(one, fold)
         if options.classifier != "finetune":

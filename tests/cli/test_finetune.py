@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -203,7 +204,7 @@ FEW_SHOT = str(ROOT / "configs/finetune/few_shot_smoke.yaml")
 QUICK_FEW = [*QUICK, "--train.steps", "2", "--few_shot.test_per_class", "3", "--few_shot.way", "3"]
 
 
-def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "episodes"
     flags = [FEW_SHOT, *QUICK_FEW, "--weights", str(pretrained), "--train.run_folder", str(folder)]
     assert run("finetune", flags) == 0
@@ -228,6 +229,14 @@ def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.Capt
         assert "fold_00 was run with other settings" in error
         assert other[0].removeprefix("--") in error
     assert json.loads((folder / "few_shot.json").read_text())["way"] == 3
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("geossl.cli.finetune.train", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        run("finetune", [*flags, "--train.overwrite", "--optim.lr", "1e-2"])
+    assert not [*folder.rglob("score.json"), *folder.rglob("config.yaml"), *folder.glob("few_shot.json")]  # nothing to be continued with
 
 
 def test_the_settings_of_a_fold_name_its_episode(tmp_path: Path) -> None:
