@@ -83,9 +83,9 @@ def run_few_shot(
     if config.resume == "auto":
         for one in folds:
             check_same_episodes(one)
-    if options.classifier != "finetune":
-        seed_everything(config.train.seed)
-        backbone = build_backbone(config)
+    seed_everything(config.train.seed)
+    backbone = build_backbone(config)  # weights and episodes that cannot be had are told of before old folds go
+    episode(folds[0], 0)
     if config.resume != "auto":  # all at once: an interrupted run must not be continued with folds of the one it replaces
         (folder / "few_shot.json").unlink(missing_ok=True)
         for place in folder.glob("fold_*"):

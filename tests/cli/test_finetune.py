@@ -228,6 +228,8 @@ def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.Capt
         error = capsys.readouterr().err
         assert "fold_00 was run with other settings" in error
         assert other[0].removeprefix("--") in error
+    for bad in (["--weights", "absent"], ["--few_shot.way", "14", "--few_shot.shot", "50"]):
+        assert run("finetune", [*flags, "--train.overwrite", *bad]) == 2
     assert json.loads((folder / "few_shot.json").read_text())["way"] == 3
 
     def interrupted(*_: Any, **__: Any) -> None:
