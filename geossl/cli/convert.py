@@ -50,9 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     task: Any = model.config
     if task.name in TASKS.names():
         count = len(task.part_counts) if isinstance(task, PartSegmentationConfig) else task.classes
-        save_task(model, [f"class_{i}" for i in range(count)], args.folder)  # the file does not name its classes
+        save_task(model, numbered_classes(count), args.folder)
         print(f"with its head:  geossl.tasks.load_task({str(args.folder)!r})")
     return 0
+
+
+def numbered_classes(count: int) -> list[str]:
+    """What the classes of an official file are called, which does not name them."""
+    return [f"class_{i}" for i in range(count)]
 
 
 def read_published_config(path: Path | None) -> dict | None:

@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         return evaluate_task.main(args)
     if name in PROBE_FAMILIES and not Path(name).exists():
         family = PROBE_FAMILIES[name]
+        if any(flag.partition("=")[0] == "--probes" for flag in args):
+            raise ConfigError(f"probes: evaluate {name} stands for --probes {' '.join(family)}; leave out one of the two")
         name, args = split_arguments(args)
         args = [*args, "--probes", *family]
     if name is None:

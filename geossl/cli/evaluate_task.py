@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from geossl.cli.convert import read_published_config
+from geossl.cli.convert import numbered_classes, read_published_config
 from geossl.cli.evaluate import data_of_run
 from geossl.cli.finetune import check_labels
 from geossl.cli.scores import score_task
@@ -66,10 +66,14 @@ def main(argv: list[str]) -> int:
         load_config(EvaluateTaskConfig, None, args, prog="evaluate task MODEL")  # prints --help, or names a wrong flag
         raise ConfigError("evaluate task: name a fine-tuned model first: a run folder, or an official file; see --help")
     path, args = split_arguments(args)
-    if path is None and not any(flag.partition("=")[0] == "--data.name" for flag in args):
-        args = [*data_of_run(Path(name)), *args]
+    data_told = path is not None or any(flag.partition("=")[0] == "--data.name" for flag in args)
+    if not data_told and (found := data_of_run(Path(name))):
+        args, data_told = [*found, *args], True
     config = load_config(EvaluateTaskConfig, path, args, prog="evaluate task MODEL")
-    summary = evaluate_task(name, load_model(name, config), config)
+    module = load_model(name, config)
+    if not data_told:
+        raise ConfigError(f"data: {name} does not tell what it was trained on; give --data.name, one of {', '.join(DATASETS.names())}")
+    summary = evaluate_task(name, module, config)
     show(summary)
     folder = Path(name) if Path(name).is_dir() else Path()
     out = config.out or folder / f"evaluation_{summary['task']}_{config.data.name}.json"
@@ -99,6 +103,9 @@ def evaluate_task(name: str, module: Any, config: EvaluateTaskConfig) -> dict[st
         raise ConfigError(
             f"data: {config.data.name} has {len(test.classes)} classes, but {name} was trained on {known}; choose its data set"
         )
+    named = getattr(module, "classes", test.classes)
+    if named != test.classes and named != numbered_classes(known):
+        raise ConfigError(f"data: {config.data.name} has the classes {_short(test.classes)}, but {name} was trained on {_short(named)}")
     summary = {"model": name, "task": module.config.name, "data": config.data.name, "points": getattr(config.data, "points", None)}
     whole = views_data(module, config).build("test") if config.votes else None
     summary["scores"] = score_task(module, test, config.batch_size)
@@ -115,6 +122,10 @@ def evaluate_task(name: str, module: Any, config: EvaluateTaskConfig) -> dict[st
         )
         summary["voting"] = votes.to_json()
     return summary
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 def views_data(module: Any, config: EvaluateTaskConfig) -> Any:

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from geossl.cli.training import check_columns, exit_code, log, make_console, read_weights
+from geossl.cli.training import changed_settings, check_columns, exit_code, log, make_console
 from geossl.config import require
 from geossl.data import ModelNet40FewShotConfig, draw_episode
 from geossl.data.files import atomic_write, read_json
 from geossl.engine import Result, World, seed_everything
+from geossl.engine.run_folder import clear_run_folder
 from geossl.errors import ConfigError
 from geossl.evaluation import Features, ProbeProtocol, embed, probe
 
@@ -46,16 +47,27 @@ class FewShotConfig:
         require(self.seed >= 0, "seed", "must not be negative", self.seed)
 
 
-def run_few_shot(config: Any, world: World, train_task: Callable[[Any, World, Any, Any], Result]) -> int:
+# What all folds of a summary must have in common. The number of classes follows from the episode.
+_EPISODE_KEYS = (
+    *("task.", "weights", "backbone", "data.", "optim.", "few_shot.", "evaluate_samples"),
+    *("train.steps", "train.epochs", "train.batch_size", "train.seed"),
+)
+_FREE_KEYS = ("few_shot.folds", "task.classes")
+
+
+def run_few_shot(
+    config: Any, world: World, train_task: Callable[[Any, World, Any, Any], Result], build_backbone: Callable[[Any], Any]
+) -> int:
     """Run all episodes of ``config`` (a ``FinetuneConfig``); returns the exit code.
 
     Writes ``few_shot.json`` into the run folder: the accuracy of every fold, mean and sample standard deviation. With ``resume: auto``,
-    folds that are complete are not run again.
+    folds that are complete are not run again; folds of other settings are refused.
 
     Args:
         config: The settings of the program.
         world: One process: every fold is a training from the start.
         train_task: Trains the task on one part and scores it on another.
+        build_backbone: Makes the pretrained encoder that ``config`` names.
     """
     options: FewShotConfig = config.few_shot
     if world.size > 1:
@@ -67,13 +79,24 @@ def run_few_shot(config: Any, world: World, train_task: Callable[[Any, World, An
     folder = config.train.run_folder
     if folder.exists() and any(folder.iterdir()) and config.resume != "auto" and not config.train.overwrite:
         raise ConfigError(f"train.run_folder: {folder} is not empty; --resume auto continues it, --train.overwrite replaces its folds")
+    folds = [one_fold(config, fold) for fold in range(options.folds)]
+    if config.resume == "auto":
+        for one in folds:
+            check_same_episodes(one)
+    seed_everything(config.train.seed)
+    backbone = build_backbone(config)  # weights and episodes that cannot be had are told of before old folds go
+    episode(folds[0], 0)
+    if config.resume != "auto":  # all at once: an interrupted run must not be continued with folds of the one it replaces
+        (folder / "few_shot.json").unlink(missing_ok=True)
+        for place in folder.glob("fold_*"):
+            (place / "score.json").unlink(missing_ok=True)
+            clear_run_folder(place)
     rows = []
-    for fold in range(options.folds):
-        train, test = episode(config, fold)
+    for fold, one in enumerate(folds):
+        train, test = episode(one, fold)
         if options.classifier != "finetune":
-            rows.append({"last": probe_episode(config, train, test)})
+            rows.append({"last": probe_episode(one, backbone, train, test)})
         else:
-            one = dataclasses.replace(config, train=dataclasses.replace(config.train, run_folder=folder / f"fold_{fold:02d}"))
             score = one.train.run_folder / "score.json"
             if config.resume != "auto" or not score.is_file():
                 result = train_task(one, world, train, test)
@@ -90,23 +113,40 @@ def run_few_shot(config: Any, world: World, train_task: Callable[[Any, World, An
     return 0
 
 
+def one_fold(config: Any, fold: int) -> Any:
+    """The settings of the training of one fold: its folder, and its episode where the data set has them as published."""
+    options, data = config.few_shot, config.data
+    if isinstance(data, ModelNet40FewShotConfig):
+        data = dataclasses.replace(data, way=options.way, shot=options.shot, fold=fold)
+    return dataclasses.replace(
+        config, data=data, train=dataclasses.replace(config.train, run_folder=config.train.run_folder / f"fold_{fold:02d}")
+    )
+
+
+def check_same_episodes(one: Any) -> None:
+    """Refuse to continue beside a fold that was run with other settings: the mean would be of different things."""
+    changed = [
+        text for key, text in changed_settings(one, one.train.run_folder).items() if key.startswith(_EPISODE_KEYS) and key not in _FREE_KEYS
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume: {one.train.run_folder} was run with other settings ({', '.join(changed)}); name another train.run_folder, or give "
+            "--train.overwrite instead of --resume auto"
+        )
+
+
 def episode(config: Any, fold: int) -> tuple[Any, Any]:
     """The learning and the test part of one fold: as published, or drawn from both parts of any other data set."""
     options: FewShotConfig = config.few_shot
     if isinstance(config.data, ModelNet40FewShotConfig):
-        data = dataclasses.replace(config.data, way=options.way, shot=options.shot, fold=fold)
-        return data.build("train"), data.build("test")
+        return config.data.build("train"), config.data.build("test")
     return draw_episode(
         config.data.build("all"), options.way, options.shot, test_per_class=options.test_per_class, fold=fold, seed=options.seed
     )
 
 
-def probe_episode(config: Any, train: Any, test: Any) -> float:
-    """Accuracy of a simple classifier on frozen features, in [0, 1]."""
-    seed_everything(config.train.seed)
-    if config.weights is None and config.backbone is None:
-        raise ConfigError("weights: give --weights, or --backbone.name for random ones")
-    backbone = read_weights(config.weights) if config.weights is not None else config.backbone.build()
+def probe_episode(config: Any, backbone: Any, train: Any, test: Any) -> float:
+    """Accuracy of a simple classifier on the features of a frozen encoder, in [0, 1]."""
     check_columns(train, backbone.config)
     values = [embed(backbone, part, pooling=config.few_shot.pooling, batch_size=config.train.batch_size) for part in (train, test)]
     labels = np.concatenate([train.labels, test.labels])

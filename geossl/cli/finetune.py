@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 def finetune(config: FinetuneConfig, world: World) -> int:
     """Fine-tune as ``config`` says, as one of the processes of ``world``; returns the exit code."""
     if config.few_shot.way:
-        return run_few_shot(config, world, train_task)
+        return run_few_shot(config, world, train_task, build_backbone)
     return exit_code(train_task(config, world, labelled_part(config), config.data.build("test")), config.train.run_folder)
 
 
@@ -96,6 +96,7 @@ def train_task(config: FinetuneConfig, world: World, dataset: Any, test: Any) ->
         test = Subset(test, range(min(config.evaluate_samples, len(test))))
     check_labels(dataset, config.task)
     config = dataclasses.replace(config, task=with_classes(config.task, dataset))
+    check_batch(config, world)
     loader = batches(dataset, config.train, world)
     seed_everything(config.train.seed)
     backbone = build_backbone(config)
@@ -149,6 +150,16 @@ def check_labels(dataset: Any, task: Any) -> None:
     if not dataset.classes or missing:
         hint = "; use --data.subset labelled" if hasattr(dataset.config, "subset") else ""
         raise ConfigError(f"data: {missing} of the {len(dataset)} samples of {dataset.config.name} have no class{hint}")
+
+
+def check_batch(config: FinetuneConfig, world: World) -> None:
+    """Check that every forward pass has two clouds, where the task normalises something over the clouds of a batch."""
+    parts = world.size * config.train.accumulate
+    if not isinstance(config.task, SegmentationConfig) and config.train.batch_size < 2 * parts:
+        raise ConfigError(
+            f"train.batch_size: task {config.task.name} normalises over the clouds of each forward pass and needs two of them, so at least "
+            f"{2 * parts} with {world.size} processes and train.accumulate {config.train.accumulate}, got {config.train.batch_size}"
+        )
 
 
 def with_classes(task: Any, dataset: Any) -> Any:

@@ -130,9 +130,16 @@ def check_columns(dataset: Any, backbone: Any) -> None:
 
 def tell_changes(config: Any, run_folder: Path) -> None:
     """When a run is continued, tell which settings differ from those it was started with."""
+    changed = changed_settings(config, run_folder)
+    if changed:
+        log.warning("settings changed since the run was started: %s", ", ".join(changed.values()))
+
+
+def changed_settings(config: Any, run_folder: Path) -> dict[str, str]:
+    """The settings that differ from those the run in ``run_folder`` was started with: ``key before -> now``, by dotted key."""
     path = run_folder / "config.yaml"
     if not path.exists():
-        return
+        return {}
 
     def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
@@ -144,9 +151,7 @@ def tell_changes(config: Any, run_folder: Path) -> None:
         key: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         for key, value in flatten(config).items()
     }
-    changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value]
-    if changed:
-        log.warning("settings changed since the run was started: %s", ", ".join(changed))
+    return {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value}
 
 
 def export_backbone(module: nn.Module, folder: Path, card: str, extra: Callable[[Path], Any] | None = None) -> None:

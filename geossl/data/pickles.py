@@ -11,8 +11,44 @@ import numpy as np
 from geossl.data.files import existing
 from geossl.errors import DataError
 
-_RECONSTRUCT = np.zeros(1).__reduce__()[0]
-_SCALAR = np.float64(0).__reduce__()[0]
+
+class _Type:
+    """Type of an array's entries. A file chooses among numbers and texts; their layout in memory, which it tells too, is numpy's own."""
+
+    def __init__(self, text: str, *_: Any) -> None:
+        self.dtype = np.dtype(text)
+        if self.dtype.kind not in "biufSU":
+            raise pickle.UnpicklingError(f"it has an array of type {self.dtype}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array that checks what a file says of it: numpy itself would trust a forged state, and read outside of its memory."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        shape, kind, fortran, raw = state[-4:]
+        if not isinstance(kind, _Type):
+            raise pickle.UnpicklingError(f"it has an array of {str(kind)[:80]}")
+        super().__setstate__((1, shape, kind.dtype, bool(fortran), raw))  # type: ignore[arg-type]
+
+
+def _empty(*_: Any) -> _Array:
+    """An array that is to be given its state."""
+    return _Array((0,))
+
+
+def _of_bytes(raw: bytes, kind: _Type, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+    """How pickles of protocol 5 hold an array."""
+    return np.frombuffer(bytes(raw), kind.dtype).reshape(shape, order=order).copy()  # type: ignore[call-overload]
+
+
+def _scalar(kind: _Type, raw: bytes) -> Any:
+    return np.frombuffer(raw, kind.dtype, count=1)[0]
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -26,11 +62,12 @@ class _ArraysOnly(pickle.Unpickler):
     """Makes arrays, numpy scalars and plain containers. Nothing else that a file names is imported, looked up or called."""
 
     _allowed: ClassVar[dict[str, Any]] = {
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
+        "numpy.ndarray": None,  # what _reconstruct is to make; never called
+        "numpy.dtype": _Type,
         "_codecs.encode": _encode,
-        **{f"numpy.{core}.multiarray._reconstruct": _RECONSTRUCT for core in ("core", "_core")},
-        **{f"numpy.{core}.multiarray.scalar": _SCALAR for core in ("core", "_core")},
+        **{f"numpy.{core}.multiarray._reconstruct": _empty for core in ("core", "_core")},
+        **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+        **{f"numpy.{core}.numeric._frombuffer": _of_bytes for core in ("core", "_core")},
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -54,7 +91,7 @@ def read_pickled_arrays(path: Path) -> Any:
             f"{path}: is damaged, or holds more than arrays and plain containers, which would run code when read; it was not opened "
             f"({error})"
         ) from error
-    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoryError, RuntimeError) as error:
+    except (OSError, EOFError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError, MemoryError, RuntimeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read as a pickle; it is damaged, truncated or of another kind ({error})") from error

@@ -46,13 +46,18 @@ def check_run_folder(folder: Path, *, overwrite: bool, automatic: bool, start: i
 def prepare_run_folder(folder: Path, settings: str, *, fresh: bool) -> None:
     """Make the run's folder and write ``config.yaml``; with ``fresh``, first delete what an earlier run made there (and only that)."""
     if fresh:
-        for name in _MADE_BY_A_RUN:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
-        for path in folder.glob("nonfinite_step_*_rank_*.pt"):
-            path.unlink()
+        clear_run_folder(folder)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder / "checkpoints")
     write_text_atomically(folder / "config.yaml", settings)
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Delete what an earlier run made in ``folder``, and only that."""
+    for name in _MADE_BY_A_RUN:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("nonfinite_step_*_rank_*.pt"):
+        path.unlink()

@@ -322,8 +322,8 @@ def convert_coarsest_state(
     Args:
         state: Weights, already without ``module.``.
         config: The ``model`` section of the published configuration (``num_groups``, ``group_sizes``, ``local_radius``, ``num_heads``,
-            ``drop_path_rate``, ``smooth``); what it lacks is Point-M2AE's ModelNet40 setting. Groups, their sizes and radii leave no trace
-            in the weights.
+            ``drop_path_rate``, ``smooth``); what it lacks is Point-M2AE's setting for ModelNet40, or for ScanObjectNN where the head is of
+            that. Groups, their sizes and radii leave no trace in the weights.
         max_skips_first: Point-M2AE's form of the ScanObjectNN head, which has the same weights as I2P-MAE's.
 
     Raises:
@@ -336,9 +336,11 @@ def convert_coarsest_state(
         raise CheckpointError(
             f"not a Point-M2AE or I2P-MAE classifier: expected h_encoder.*, norm.*, cls_head_finetune.*; found {sorted(state)[:8]}"
         )
-    backbone = point_m2ae.reference_encoder_config(encoder, config, fine_tuned=True)
     hidden, width = state["cls_head_finetune.0.weight"].shape
-    pooling: Literal["mean_plus_max", "mean_max"] = "mean_max" if width == 2 * backbone.dims[-1] else "mean_plus_max"
+    pooling: Literal["mean_plus_max", "mean_max"] = "mean_max" if width == 2 * len(state["norm.weight"]) else "mean_plus_max"
+    if pooling == "mean_max":
+        config = {"group_sizes": (32, 16, 16), **config}
+    backbone = point_m2ae.reference_encoder_config(encoder, config, fine_tuned=True)
     task = ClassificationConfig(
         classes=state["cls_head_finetune.8.weight"].shape[0],
         pooling=pooling,

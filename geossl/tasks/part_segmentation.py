@@ -194,8 +194,14 @@ class PartSegmentation(nn.Module):
             points: Packed shapes or ``[B, N, C]``.
             category: ``[B]`` int64.
             random: Source of drop-path draws.
+
+        Raises:
+            ValueError: ``category`` has not one entry for each shape, or one that does not exist.
         """
         clouds = points if isinstance(points, PackedPoints) else PackedPoints.from_padded(points)
+        if category.shape != (len(clouds),):
+            raise ValueError(f"PartSegmentation: category must be [{len(clouds)}], one for each shape, got {list(category.shape)}")
+        check_cloud_labels("PartSegmentation", category, len(self.config.part_counts))
         tokens = self._tokens(clouds, random)
         x = torch.cat([carry(clouds, read) for carry, read in zip(self.propagations, tokens, strict=True)], dim=1)
         one_hot = F.one_hot(category, len(self.config.part_counts)).to(x.dtype)
@@ -212,10 +218,11 @@ class PartSegmentation(nn.Module):
         return self.classify(x).float()
 
     def predict(self, points: PackedPoints | Tensor, category: Tensor) -> Tensor:
-        """The likeliest part of every point among those of its shape's category, ``[M]`` int64."""
+        """The likeliest part of every point among those of its shape's category, ``[M]`` int64; arguments as for :meth:`logits`."""
         clouds = points if isinstance(points, PackedPoints) else PackedPoints.from_padded(points)
+        scores = self.logits(clouds, category)
         allowed = self.parts_of_category[category].repeat_interleave(clouds.lengths, 0)
-        return self.logits(clouds, category).masked_fill(~allowed, -torch.inf).argmax(1)
+        return scores.masked_fill(~allowed, -torch.inf).argmax(1)
 
     def _tokens(self, clouds: PackedPoints, random: BatchRandom | None) -> list[Tokens]:
         """What is carried to the points: the named blocks side by side, or the named scales one by one."""

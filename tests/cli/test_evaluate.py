@@ -105,6 +105,7 @@ def test_columns_follow_the_backbone():
     [
         ([], "name a model first"),
         (["svm"], "name a model first"),
+        (["svm", "point_vit_tiny", "--probes", "knn"], "probes: evaluate svm stands for --probes svm svm_cv svm_published; leave out one"),
         (["no_such.pth"], "no_such.pth: no such file"),
         (["point_vit_tiny", "--with_teacher", "--teacher.weights", "none.pth"], "none.pth"),
         (["point_vit_tiny", "--published_c", "0"], "published_c must be > 0, got 0"),

@@ -47,7 +47,7 @@ def test_a_run_is_scored_on_its_own_data(trained: Path, capsys: pytest.CaptureFi
     assert "the best of them, selected on the test part as published" in printed
 
 
-def test_an_official_classifier(tmp_path: Path) -> None:
+def test_an_official_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Point-MAE's classifier of five classes on clouds of five classes, its groups told by its configuration file."""
     golden = load_file(ROOT / "tests/golden/i2p_mae/point_mae_tiny.safetensors")
     state = {k.removeprefix("state_dict.MAE_encoder."): v for k, v in golden.items() if k.startswith("state_dict.MAE_encoder.")}
@@ -63,6 +63,8 @@ def test_an_official_classifier(tmp_path: Path) -> None:
             np.save(tmp_path / "data" / name / split / "0.npy", rng.normal(size=(64, 3)).astype(np.float32))
     flags = ["--data.name", "modelnet40", "--data.root", str(tmp_path / "data"), "--data.points", "64", "--out", str(tmp_path / "out.json")]
     published = ["--published_config", str(tmp_path / "published.yaml")]
+    assert run("evaluate", ["task", str(tmp_path / "modelnet.pth"), *published]) == 2
+    assert "modelnet.pth does not tell what it was trained on; give --data.name, one of" in capsys.readouterr().err
     assert run("evaluate", ["task", str(tmp_path / "modelnet.pth"), *flags, *published]) == 0
     assert set(json.loads((tmp_path / "out.json").read_text())["scores"]) == {"accuracy", "class_accuracy"}
 
@@ -93,6 +95,14 @@ def test_other_data_and_pretraining_files_are_refused(trained: Path, tmp_path: P
         np.save(tmp_path / f"data/a/{split}/0.npy", np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32))
     assert run("evaluate", ["task", str(trained), "--data.name", "modelnet40", "--data.root", str(tmp_path / "data")]) == 2
     assert "modelnet40 has 1 classes, but" in capsys.readouterr().err
+    about = json.loads((trained / "export/task.json").read_text())
+    (tmp_path / "other").mkdir()
+    for path in (trained / "export").iterdir():
+        (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
+    about["classes"] = about["classes"][::-1]  # as many, but others: the numbers would mean nothing
+    (tmp_path / "other/task.json").write_text(json.dumps(about))
+    assert run("evaluate", ["task", str(tmp_path / "other"), "--data.name", "objects", "--data.points", "48"]) == 2
+    assert "objects has the classes appliance, bath_fixture, bed ..., but" in capsys.readouterr().err
     golden = load_file(ROOT / "tests/golden/i2p_mae/point_mae_tiny.safetensors")
     state = {name.removeprefix("state_dict."): value for name, value in golden.items() if name.startswith("state_dict.")}
     torch.save({"base_model": state}, tmp_path / "pretrain.pth")

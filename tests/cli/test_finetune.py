@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -38,6 +39,8 @@ def test_configurations_are_valid(path: Path) -> None:
     parts, events = path.stem.startswith(("part_", "shapenet_part")), "polar_mae" in path.stem
     assert config.task.name == ("part_segmentation" if parts else "segmentation" if events else "classification")
     assert bool(config.few_shot.way) is ("few_shot" in path.stem)
+    if path.stem.startswith(("modelnet40", "scanobjectnn")):
+        assert (config.data.pool, config.data.evaluation_points) == (config.data.points * 75 // 64, "farthest")  # as published
     if not parts:
         config = dataclasses.replace(config, task=dataclasses.replace(config.task, classes=4))
     else:
@@ -122,6 +125,10 @@ def test_accuracy_counts() -> None:
         (["--task.name", "clasification"], "did you mean 'classification'"),
         (["--evaluate_every", "0"], "evaluate_every must be at least 1"),
         (["--optim.layer_decay", "2"], "optim.layer_decay must lie in (0, 1]"),
+        (
+            ["--train.batch_size", "4", "--train.accumulate", "4"],
+            "train.batch_size: task classification normalises over the clouds of each",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -197,7 +204,7 @@ FEW_SHOT = str(ROOT / "configs/finetune/few_shot_smoke.yaml")
 QUICK_FEW = [*QUICK, "--train.steps", "2", "--few_shot.test_per_class", "3", "--few_shot.way", "3"]
 
 
-def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "episodes"
     flags = [FEW_SHOT, *QUICK_FEW, "--weights", str(pretrained), "--train.run_folder", str(folder)]
     assert run("finetune", flags) == 0
@@ -215,6 +222,49 @@ def test_few_shot_episodes(pretrained: Path, tmp_path: Path, capsys: pytest.Capt
     assert run("finetune", [*flags, "--resume", "auto", "--few_shot.folds", "3"]) == 0
     assert (folder / "fold_00/metrics.jsonl").stat().st_mtime_ns == before
     assert json.loads((folder / "few_shot.json").read_text())["folds_accuracy"][:2] == last
+    capsys.readouterr()
+    for other in (["--few_shot.way", "4"], ["--optim.lr", "1e-2"], ["--few_shot.classifier", "linear"]):
+        assert run("finetune", [*flags, "--resume", "auto", *other]) == 2
+        error = capsys.readouterr().err
+        assert "fold_00 was run with other settings" in error
+        assert other[0].removeprefix("--") in error
+    for bad in (["--weights", "absent"], ["--few_shot.way", "14", "--few_shot.shot", "50"]):
+        assert run("finetune", [*flags, "--train.overwrite", *bad]) == 2
+    assert json.loads((folder / "few_shot.json").read_text())["way"] == 3
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("geossl.cli.finetune.train", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        run("finetune", [*flags, "--train.overwrite", "--optim.lr", "1e-2"])
+    assert not [*folder.rglob("score.json"), *folder.rglob("config.yaml"), *folder.glob("few_shot.json")]  # nothing to be continued with
+
+
+def test_the_settings_of_a_fold_name_its_episode(tmp_path: Path) -> None:
+    """So that ``geossl evaluate task`` scores a fold on its own test part."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data/2way_4shot").mkdir(parents=True)
+    for fold in (0, 1):
+        parts = {
+            part: [(rng.normal(size=(80, 3)).astype(np.float32), label) for label in (5, 9) for _ in range(4)] for part in ("train", "test")
+        }
+        (tmp_path / f"data/2way_4shot/{fold}.pkl").write_bytes(pickle.dumps(parts))
+    flags = [FEW_SHOT, *QUICK_FEW, "--data.name", "modelnet40_few_shot", "--data.root", str(tmp_path / "data"), "--data.points", "64"]
+    flags += ["--few_shot.way", "2", "--few_shot.shot", "4", "--train.run_folder", str(tmp_path / "run")]
+    assert run("finetune", flags) == 0
+    for fold in (0, 1):
+        data = load_config(FinetuneConfig, tmp_path / f"run/fold_0{fold}/config.yaml").data
+        assert (data.way, data.shot, data.fold) == (2, 4, fold)
+        assert run("evaluate", ["task", str(tmp_path / f"run/fold_0{fold}")]) == 0
+        scores = json.loads((tmp_path / f"run/fold_0{fold}/evaluation_classification_modelnet40_few_shot.json").read_text())["scores"]
+        assert scores["accuracy"] == json.loads((tmp_path / "run/few_shot.json").read_text())["folds_accuracy"][fold]
+
+
+def test_a_probe_takes_the_named_encoder(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [FEW_SHOT, *QUICK_FEW, "--weights", str(pretrained), "--few_shot.classifier", "linear", "--train.run_folder", str(tmp_path)]
+    assert run("finetune", [*flags, "--backbone.dim", "24"]) == 2
+    assert "does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("classifier", ["linear", "svm"])
@@ -243,6 +293,8 @@ def test_published_episodes(pretrained: Path, tmp_path: Path) -> None:
         "64",
     ]
     flags += ["--few_shot.way", "2", "--few_shot.shot", "4", "--few_shot.folds", "2", "--few_shot.classifier", "linear"]
+    flags += ["--backbone.dim", "48", "--backbone.depth", "2", "--backbone.heads", "3", "--backbone.embed_widths", "16", "32", "64"]
+    flags += ["--backbone.groups", "16", "--backbone.group_size", "16", "--data.pool", "75"]
     assert run("finetune", [*flags, "--weights", str(pretrained), "--train.run_folder", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run/few_shot.json").read_text())
     assert (summary["way"], summary["shot"], len(summary["folds_accuracy"])) == (2, 4, 2)

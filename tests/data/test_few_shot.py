@@ -114,13 +114,14 @@ class Bomb:
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(root, tmp_path):
     path = root / "2way_3shot" / "0.pkl"
-    for content in (
-        Bomb(tmp_path / "ran"),
-        {"train": [(Bomb(tmp_path / "ran"), 0)], "test": []},
-        np.array([Bomb(tmp_path / "ran")], object),
+    named = r"it names (posix|nt)\.mkdir"
+    for content, found in (
+        (Bomb(tmp_path / "ran"), named),
+        ({"train": [(Bomb(tmp_path / "ran"), 0)], "test": []}, named),
+        (np.array([Bomb(tmp_path / "ran")], object), "it has an array of type object"),
     ):
         path.write_bytes(pickle.dumps(content))
-        with pytest.raises(DataError, match=r"0\.pkl: .*would run code when read; it was not opened \(it names (posix|nt)\.mkdir\)"):
+        with pytest.raises(DataError, match=rf"0\.pkl: .*would run code when read; it was not opened \({found}\)"):
             ModelNet40FewShotConfig(root=root, way=2, shot=3).build("train")
     path.write_bytes(b"cbuiltins\neval\n(S'1'\ntR.")
     with pytest.raises(DataError, match=r"it names builtins\.eval"):
@@ -129,6 +130,56 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(root, tmp_path
     with pytest.raises(DataError, match=r"it names numpy\.ndarray\.resize"):
         read_pickled_arrays(path)
     assert not (tmp_path / "ran").exists()
+
+
+class Reduced:
+    """Pickled as a call of ``make`` and a state, which nothing checks when it is written."""
+
+    def __init__(self, make, args, state):
+        self.parts = make, args, state
+
+    def __reduce__(self):
+        return self.parts
+
+
+def forged(kind, state):
+    dtype = Reduced(np.dtype, (kind, False, True), state)
+    return Reduced(np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (4,), dtype, False, b"A" * 32))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        forged("O8", (3, "|", None, None, None, -1, -1, 0)),  # bytes of the file as addresses of objects
+        forged("V8", (3, "|", None, ("a",), {"a": (np.dtype("f8"), 1 << 40)}, 8, 1, 0)),  # a field far outside of the array
+        np.array([None, 1], object),
+    ],
+    ids=["objects", "field", "objects as they should be"],
+)
+def test_arrays_of_anything_but_numbers_and_texts_are_refused(content, tmp_path):
+    """numpy trusts what a file says of memory; a damaged or malicious one would end the process."""
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=4))
+    with pytest.raises(DataError, match=r"a\.pkl: .*it has an array of type (object|\|V8)"):
+        read_pickled_arrays(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_scalars_and_texts_come_back_as_they_were(protocol, tmp_path):
+    content = {
+        "big endian": np.arange(6, dtype=">i4").reshape(2, 3),
+        "fortran": np.asfortranarray(np.random.default_rng(0).random((3, 2))),
+        "no axis": np.array(3),
+        "scalar": np.float32(2.5),
+        "truth": np.bool_(True),
+        "texts": np.array(["chair", "table"]),
+        "bytes": b"chair",
+    }
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    read = read_pickled_arrays(tmp_path / "a.pkl")
+    assert list(read) == list(content)
+    for name, value in content.items():
+        np.testing.assert_array_equal(read[name], value)
+        assert np.asarray(read[name]).dtype == np.asarray(value).dtype.newbyteorder("=")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +206,9 @@ def test_missing_and_damaged_files_are_named(root):
     path = root / "2way_3shot" / "0.pkl"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"0\.pkl: "):
+        config.build("train")
+    path.write_bytes(b"\x80\x05\x96" + b"\xff" * 8)  # a length that no memory has
+    with pytest.raises(DataError, match=r"0\.pkl: cannot be read as a pickle"):
         config.build("train")
     with pytest.raises(DataError, match=r"9\.pkl: this file does not exist"):
         ModelNet40FewShotConfig(root=root, way=2, shot=3, fold=9).build("train")

@@ -98,6 +98,13 @@ def test_an_official_file_round_trips(case: Case, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.logits(points), case.model.logits(points), rtol=0, atol=0)
 
 
+def test_groups_are_those_of_the_head_unless_told(case: Case) -> None:
+    """Released ModelNet40 and ScanObjectNN classifiers group differently; the weights do not tell, but the width of the head does."""
+    config = {key: value for key, value in case.config.items() if key != "group_sizes"}
+    loaded = geossl.load_reference("point_m2ae", case.state, config)
+    assert loaded.backbone.config.group_sizes == ((32, 16, 16) if loaded.config.pooling == "mean_max" else (16, 8, 8))
+
+
 def test_another_state_is_refused(case: Case) -> None:
     from geossl.errors import CheckpointError
 

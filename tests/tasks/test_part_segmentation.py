@@ -231,6 +231,12 @@ def test_bad_input_is_told():
         task(dataclasses.replace(data, label=1 - data.label))
     unknown = task(dataclasses.replace(data, point_label=torch.full_like(data.point_label, -1)))
     assert unknown.loss == 0
+    points = torch.rand(2, 30, 3)
+    for call in (make(KINDS[0]).eval().logits, make(KINDS[0]).eval().predict):
+        with pytest.raises(ValueError, match=r"PartSegmentation: labels must lie in 0\.\.1, got 0\.\.2"):
+            call(points, torch.tensor([0, 2]))
+        with pytest.raises(ValueError, match=r"category must be \[2\], one for each shape, got \[1\]"):
+            call(points, torch.tensor([0]))
     with pytest.raises(ConfigError, match="layers: block 3 does not exist; the backbone has 3"):
         make(KINDS[0], layers=(3,))
     with pytest.raises(ConfigError, match="layers: scale 5 does not exist; the backbone has 3"):
