@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -87,13 +87,15 @@ def _point_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
     return model
 
 
-def _hierarchical(convert: Callable[..., Any], *, max_skips_first: bool) -> Callable[[Any, Mapping[str, Any] | None], nn.Module]:
-    """Reader of Point-M2AE or I2P-MAE, whose fine-tuned files only differ in what ``max_skips_first`` says."""
+def _hierarchical(
+    system: Literal["point_m2ae", "i2p_mae"], convert: Callable[..., Any]
+) -> Callable[[Any, Mapping[str, Any] | None], nn.Module]:
+    """Reader of Point-M2AE or I2P-MAE; ``convert`` is that of its pretraining files."""
 
     def read(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
         state = read_reference_state(source)
         name = "the given state" if isinstance(source, Mapping) else source
-        tuned = _load_tuned(state, config, name, max_skips_first)
+        tuned = _load_tuned(state, config, name, system)
         if tuned is not None:
             return tuned
         (encoder_config, method_config), converted = convert(state, config)
@@ -104,12 +106,14 @@ def _hierarchical(convert: Callable[..., Any], *, max_skips_first: bool) -> Call
     return read
 
 
-def _load_tuned(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, name: str, max_skips_first: bool) -> nn.Module | None:
+def _load_tuned(
+    state: Mapping[str, Tensor], config: Mapping[str, Any] | None, name: str, system: Literal["point_m2ae", "i2p_mae"]
+) -> nn.Module | None:
     """The fine-tuned model of a Point-M2AE or I2P-MAE ``state`` called ``name``; None where it is no fine-tuned one."""
     from geossl.tasks import classification, part_segmentation
 
     if any(key.startswith("cls_head_finetune.") for key in state):
-        (encoder_config, task_config), converted = classification.convert_coarsest_state(state, config, max_skips_first=max_skips_first)
+        (encoder_config, task_config), converted = classification.convert_coarsest_state(state, config, system=system)
         model: nn.Module = task_config.build(PointM2AEEncoder(encoder_config))
     elif any(key.startswith("label_conv.") for key in state):
         (parts_config, parts_task), converted = part_segmentation.convert_part_state(state, config)
@@ -137,8 +141,8 @@ def _polar_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
 
 REFERENCES: dict[str, Callable[[Any, Mapping[str, Any] | None], nn.Module]] = {
     "point_mae": _point_mae,
-    "point_m2ae": _hierarchical(point_m2ae.convert_reference_state, max_skips_first=True),
-    "i2p_mae": _hierarchical(i2p_mae.convert_reference_state, max_skips_first=False),
+    "point_m2ae": _hierarchical("point_m2ae", point_m2ae.convert_reference_state),
+    "i2p_mae": _hierarchical("i2p_mae", i2p_mae.convert_reference_state),
     "polar_mae": _polar_mae,
 }
 """Systems whose official checkpoints can be read."""

@@ -312,7 +312,7 @@ def convert_reference_state(
 
 
 def convert_coarsest_state(
-    state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, *, max_skips_first: bool = False
+    state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, *, system: Literal["point_m2ae", "i2p_mae"] = "point_m2ae"
 ) -> tuple[tuple[PointM2AEEncoderConfig, ClassificationConfig], dict[str, Tensor]]:
     """Turn an official classifier checkpoint of Point-M2AE or I2P-MAE into configurations and a state for :class:`Classification`.
 
@@ -322,9 +322,9 @@ def convert_coarsest_state(
     Args:
         state: Weights, already without ``module.``.
         config: The ``model`` section of the published configuration (``num_groups``, ``group_sizes``, ``local_radius``, ``num_heads``,
-            ``drop_path_rate``, ``smooth``); what it lacks is Point-M2AE's setting for ModelNet40, or for ScanObjectNN where the head is of
+            ``drop_path_rate``, ``smooth``); what it lacks is the system's setting for ModelNet40, or for ScanObjectNN where the head is of
             that. Groups, their sizes and radii leave no trace in the weights.
-        max_skips_first: Point-M2AE's form of the ScanObjectNN head, which has the same weights as I2P-MAE's.
+        system: Whose it is. The weights do not tell, but the settings differ, and at ScanObjectNN what the head's maximum is over.
 
     Raises:
         CheckpointError: the state is not such a classifier.
@@ -340,11 +340,13 @@ def convert_coarsest_state(
     pooling: Literal["mean_plus_max", "mean_max"] = "mean_max" if width == 2 * len(state["norm.weight"]) else "mean_plus_max"
     if pooling == "mean_max":
         config = {"group_sizes": (32, 16, 16), **config}
+    elif system == "i2p_mae":
+        config = {"group_sizes": (48, 24, 24), "local_radius": (0.24, 0.48, 0.96), **config}
     backbone = point_m2ae.reference_encoder_config(encoder, config, fine_tuned=True)
     task = ClassificationConfig(
         classes=state["cls_head_finetune.8.weight"].shape[0],
         pooling=pooling,
-        max_skips_first=max_skips_first and pooling == "mean_max",
+        max_skips_first=system == "point_m2ae" and pooling == "mean_max",
         fresh_norm=True,
         hidden=hidden,
         label_smoothing=config.get("smooth", 0.0) if pooling == "mean_plus_max" else 0.0,

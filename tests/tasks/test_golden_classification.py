@@ -103,6 +103,8 @@ def test_groups_are_those_of_the_head_unless_told(case: Case) -> None:
     config = {key: value for key, value in case.config.items() if key != "group_sizes"}
     loaded = geossl.load_reference("point_m2ae", case.state, config)
     assert loaded.backbone.config.group_sizes == ((32, 16, 16) if loaded.config.pooling == "mean_max" else (16, 8, 8))
+    guided = geossl.load_reference("i2p_mae", case.state, config).backbone.config
+    assert guided.group_sizes == ((32, 16, 16) if loaded.config.pooling == "mean_max" else (48, 24, 24))
 
 
 def test_another_state_is_refused(case: Case) -> None:
