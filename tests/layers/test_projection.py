@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import golden_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from geossl.geometry import PackedPoints
 from geossl.layers.projection import VIEWS, ViewFrames, back_project, fit_views, project_views, splat_depth
 
-GOLDEN = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
 BACKGROUND = [(0.5 - mean) / std for mean, std in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
 
 
 def golden_cases(needed: str) -> pytest.MarkDecorator:
     """Run a test on every golden file with this tensor."""
-    paths = []
-    for path in sorted(GOLDEN.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if needed in file.keys():  # noqa: SIM118 - not a mapping
-                paths.append(path)
+    paths = golden_files("i2p_mae", lambda metadata, names: needed in names)
     return pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=pytest.mark.golden) for path in paths])
 
 

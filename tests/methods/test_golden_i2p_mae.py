@@ -6,14 +6,11 @@ Tokens, encoder and decoder it shares with Point-M2AE; ``test_golden_point_m2ae.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from golden_files import ROOT, GoldenFile, close, converted_names, golden_files
 
 import geossl
 from geossl.geometry import PackedPoints, PointBatch
@@ -21,35 +18,22 @@ from geossl.layers import project_views
 from geossl.methods import reference_teacher
 from geossl.methods.i2p_mae import I2PMAE, convert_reference_state, point_rows
 
-ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
-
 
 def cases() -> list[Path]:
-    found = []
-    for path in sorted(ROOT.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("case") == "I2P-MAE" and "out.mask_probs" in file.keys():  # noqa: SIM118 (not a mapping)
-                found.append(path)
-    return found
+    return golden_files("i2p_mae", lambda metadata, names: metadata.get("case") == "I2P-MAE" and "out.mask_probs" in names)
 
 
-class Case:
-    """One golden file: its tensors, its configuration, and how to build the parity model with its teacher."""
+class Case(GoldenFile):
+    """One golden file, and how to build the parity model with its teacher."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            self.metadata = file.metadata()
-        self.config: dict[str, Any] = json.loads(self.metadata["config"])
+        super().__init__(path)
         self.state = self.part("state_dict.")
         self.teacher = reference_teacher(self.state, heads=json.loads(self.metadata["clip_visual"])["heads"])
         self.batch = PointBatch(PackedPoints.from_padded(self.tensors["points"].float()))
         ids = self.tensors["mask.ids_shuffle"].long()
         visible = ids.shape[1] - int(self.config["mask_ratio"] * ids.shape[1])
         self.mask = torch.ones(ids.shape, dtype=torch.bool).scatter(1, ids[:, :visible], False)
-
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def model(self) -> I2PMAE:
         model = geossl.load_reference("i2p_mae", self.state, self.config)
@@ -58,21 +42,13 @@ class Case:
         return model
 
     def names(self) -> dict[str, str]:
-        """Our parameter name for every published one, found by converting tensors filled with a number each."""
         published = [key for key in self.state if not key.startswith("clip_model.")]
-        _, converted = convert_reference_state(
-            {key: torch.full_like(self.state[key].float(), i) for i, key in enumerate(published)}, self.config
-        )
-        return {published[int(value.flatten()[0])]: name for name, value in converted.items()}
+        return converted_names(published, self.state, lambda filled: convert_reference_state(filled, self.config)[1])
 
 
 @pytest.fixture(scope="module", params=cases(), ids=lambda path: path.stem)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
-
-
-def close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(actual.reshape(expected.shape), expected.to(actual.dtype), rtol=rtol, atol=atol)
 
 
 def test_a_case_is_found() -> None:

@@ -7,41 +7,28 @@ an I2P-MAE file as a Point-M2AE whose head is the 3D one. Its training gradients
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from torch import Tensor
+from golden_files import ROOT, GoldenFile, close, converted_names, golden_files
 
 import geossl
 from geossl import ops
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.methods.point_m2ae import convert_reference_state
 
-ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
-
 
 def cases() -> list[Path]:
-    found = []
-    for path in sorted(ROOT.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("case") in ("Point-M2AE", "I2P-MAE") and "points" in file.keys():  # noqa: SIM118
-                found.append(path)
-    return found
+    return golden_files("i2p_mae", lambda metadata, names: metadata.get("case") in ("Point-M2AE", "I2P-MAE") and "points" in names)
 
 
-class Case:
-    """One golden file: its tensors, its configuration and the parity model built from its weights."""
+class Case(GoldenFile):
+    """One golden file and the parity model built from its weights."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            self.metadata = file.metadata()
-        self.config: dict[str, Any] = json.loads(self.metadata["config"])
+        super().__init__(path)
         self.two_heads = self.metadata["case"] == "I2P-MAE"
         state = self.part("state_dict.")
         self.names_of_file = [key for key in state if not key.startswith(("clip_model.", "rec_head_2d."))]
@@ -56,23 +43,16 @@ class Case:
     def plain(key: str) -> str:
         return key.replace("rec_head_3d.", "rec_head.")
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
-
     def names(self) -> dict[str, str]:
-        """Our parameter name for every published one, found by converting tensors filled with a number each."""
-        filled = {self.plain(k): torch.full_like(self.state[self.plain(k)].float(), i) for i, k in enumerate(self.names_of_file)}
-        _, converted = convert_reference_state(filled, self.config)
-        return {self.names_of_file[int(value.flatten()[0])]: name for name, value in converted.items()}
+        state = {key: self.state[self.plain(key)] for key in self.names_of_file}
+        return converted_names(
+            state, state, lambda filled: convert_reference_state({self.plain(key): value for key, value in filled.items()}, self.config)[1]
+        )
 
 
 @pytest.fixture(scope="module", params=cases(), ids=lambda path: path.stem)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
-
-
-def close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(actual.reshape(expected.shape), expected.to(actual.dtype), rtol=rtol, atol=atol)
 
 
 def test_a_case_is_found() -> None:

@@ -7,62 +7,39 @@ code: point the variable at their folder.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from golden_files import ROOT, GoldenFile, close, converted_names, golden_files
 
 import geossl
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.methods.point_mae import convert_reference_state
 
-ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
-
 
 def point_mae_cases() -> list[Path]:
-    cases = []
-    for path in sorted(ROOT.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("case") == "Point-MAE":
-                cases.append(path)
-    return cases
+    return golden_files("i2p_mae", lambda metadata, names: metadata.get("case") == "Point-MAE")
 
 
-class Case:
-    """One golden file: its tensors, its configuration and the parity model built from its weights."""
+class Case(GoldenFile):
+    """One golden file and the parity model built from its weights."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            self.metadata = file.metadata()
-        self.config: dict[str, Any] = json.loads(self.metadata["config"])
+        super().__init__(path)
         self.state = self.part("state_dict.")
         self.model = geossl.load_reference("point_mae", self.state, self.config)
         self.points = self.tensors["points"].float()
         self.batch = PointBatch(PackedPoints.from_padded(self.points))
         self.mask = self.tensors["mask"].bool()
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
-
     def names(self) -> dict[str, str]:
-        """Our parameter name for every published one, found by converting tensors filled with a number each."""
-        keys = list(self.state)
-        _, converted = convert_reference_state({k: torch.full_like(self.state[k].float(), i) for i, k in enumerate(keys)}, self.config)
-        return {keys[int(value.flatten()[0])]: name for name, value in converted.items()}
+        return converted_names(self.state, self.state, lambda filled: convert_reference_state(filled, self.config)[1])
 
 
 @pytest.fixture(scope="module", params=point_mae_cases(), ids=lambda path: path.stem)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
-
-
-def close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=rtol, atol=atol)
 
 
 def test_a_case_is_found() -> None:

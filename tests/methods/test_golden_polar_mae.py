@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import ROOT, GoldenFile, close, converted_names, golden_files
 from torch import Tensor
 
 import geossl
@@ -25,39 +24,21 @@ from geossl.methods.polar_mae import HiddenPoints, PolarMAE, convert_reference_s
 from geossl.models import VolumePointViT, VolumePointViTConfig
 from geossl.models.point_vit_volume import VolumeGroups, convert_reference_encoder, reference_encoder_config
 
-ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "polar_mae"
 
-
-def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a mapping)
-
-
-def cases(key: str) -> list[Path]:
+def cases(tensor: str) -> list[Path]:
     """Files that have a tensor of this name."""
-    found = []
-    for path in sorted(ROOT.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if key in file.keys():  # noqa: SIM118 (not a mapping)
-                found.append(path)
-    return found
+    return golden_files("polar_mae", lambda metadata, names: tensor in names)
 
 
-def close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-4, atol: float = 2e-5, name: str = "") -> None:
-    torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
-
-
-class Case:
+class Case(GoldenFile):
     """A model file: its tensors, the official state and the events in packed form."""
 
     def __init__(self, path: Path) -> None:
-        self.tensors, self.metadata = tensors_of(path)
-        config: dict[str, Any] = json.loads(self.metadata["config"])
-        # The points of the files are already centred and scaled.
-        self.config = config | {"center": 0.0, "scale": 1.0}
+        super().__init__(path)
+        self.config |= {"center": 0.0, "scale": 1.0}  # the points of the files are already centred and scaled
         self.ctor: dict[str, Any] = json.loads(self.metadata["ctor"])
-        self.state = {k.removeprefix("state."): v.float() for k, v in self.tensors.items() if k.startswith("state.")}
-        self.state |= {k.removeprefix("state_x16."): v.float() / 16 for k, v in self.tensors.items() if k.startswith("state_x16.")}
+        self.state = {key: value.float() for key, value in self.part("state.").items()}
+        self.state |= {key: value.float() / 16 for key, value in self.part("state_x16.").items()}
         lengths = self.tensors["in.lengths"]
         self.batch = PointBatch(PackedPoints.from_padded(self.tensors["in.points"], lengths))
         self.valid = self.tensors["tok.emb_mask"]
@@ -90,11 +71,8 @@ class Pretraining(Case):
         self.weights = self.ctor.get("loss_weights", {})
 
     def names(self) -> dict[str, str]:
-        """Our parameter name for every published one, found by converting tensors filled with a number each."""
-        keys = list(self.state)
-        _, converted = convert_reference_state({k: torch.full_like(self.state[k], i) for i, k in enumerate(keys)}, self.config)
-        names = {keys[int(v.flatten()[0])]: name for name, v in converted.items() if not name.endswith("num_batches_tracked")}
-        assert len(names) == len(keys)
+        names = converted_names(self.state, self.state, lambda filled: convert_reference_state(filled, self.config)[1])
+        assert len(names) == len(self.state)
         return names
 
 
@@ -114,11 +92,8 @@ def test_cases_are_found() -> None:
 
 
 def tokenizer_cases() -> list[tuple[Path, str]]:
-    found = []
-    for path in sorted(ROOT.glob("*.safetensors")):
-        configs = json.loads(tensors_of(path)[1].get("configs", "{}"))
-        found += [(path, name) for name in configs]
-    return found
+    files = golden_files("polar_mae", lambda metadata, names: "configs" in metadata)
+    return [(path, name) for path in files for name in json.loads(GoldenFile(path).metadata["configs"])]
 
 
 def check_tokens(groups: VolumeGroups, idx: Tensor, point_mask: Tensor, emb_mask: Tensor, begin: Tensor) -> None:
@@ -132,9 +107,10 @@ def check_tokens(groups: VolumeGroups, idx: Tensor, point_mask: Tensor, emb_mask
 @pytest.mark.golden
 @pytest.mark.parametrize(("path", "name"), tokenizer_cases(), ids=lambda value: value if isinstance(value, str) else value.stem)
 def test_tokens_of_full_events_are_exact(path: Path, name: str) -> None:
-    tensors, metadata = tensors_of(path)
+    file = GoldenFile(path)
+    tensors = file.tensors
     events = PackedPoints.from_padded(tensors["in.points"], tensors["in.lengths"])
-    config = {"tok": json.loads(metadata["configs"])[name], "center": 0.0, "scale": 1.0}
+    config = {"tok": json.loads(file.metadata["configs"])[name], "center": 0.0, "scale": 1.0}
     stub = {
         "position.2.bias": torch.zeros(8),
         "blocks.blocks.0": torch.zeros(1),
@@ -269,7 +245,7 @@ def test_training_losses_gradients_and_running_means(pretraining: Pretraining) -
 @pytest.mark.golden
 @pytest.mark.parametrize("path", cases("rot.matrix"), ids=lambda path: path.stem)
 def test_euler_rotations(path: Path) -> None:
-    t, _ = tensors_of(path)
+    t = GoldenFile(path).tensors
     matrix = euler_to_matrix(t["rot.euler_xyz"])
     close(matrix, t["rot.matrix"], atol=1e-6)
     close(t["knn.a"] @ matrix.T, t["rot.points_out"], atol=1e-6)

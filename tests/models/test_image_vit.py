@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from golden_files import GoldenFile, golden_files
 
 from geossl.errors import CheckpointError
 from geossl.layers import project_views
 from geossl.models.checkpoints import load_state
 from geossl.models.image_vit import ImageViT, ImageViTConfig, convert_clip_state, convert_dino_state
 
-GOLDEN = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
-
 
 def golden_cases() -> pytest.MarkDecorator:
     """Run a test on every golden file that holds a CLIP tower."""
-    paths = []
-    for path in sorted(GOLDEN.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if "clip_visual" in file.metadata():
-                paths.append(path)
+    paths = golden_files("i2p_mae", lambda metadata, names: "clip_visual" in metadata)
     return pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=pytest.mark.golden) for path in paths])
 
 
 def golden_tower(path: Path) -> tuple[ImageViT, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tower of a golden case with its weights, the state dict (reference names), and all other tensors."""
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        numbers = json.loads(file.metadata()["clip_visual"])
-    state = {key.removeprefix("state_dict."): value.float() for key, value in tensors.items() if key.startswith("state_dict.")}
+    """The tower of a golden case with its weights, the state dict (reference names), and all tensors."""
+    file = GoldenFile(path)
+    numbers = json.loads(file.metadata["clip_visual"])
+    state = {key: value.float() for key, value in file.part("state_dict.").items()}
     config = ImageViTConfig(
         dim=numbers["width"],
         depth=numbers["layers"],
@@ -50,7 +42,7 @@ def golden_tower(path: Path) -> tuple[ImageViT, dict[str, torch.Tensor], dict[st
     )
     tower = ImageViT(config).eval().requires_grad_(False)
     load_state(tower, convert_clip_state(state), source=path.name)
-    return tower, state, tensors
+    return tower, state, file.tensors
 
 
 @golden_cases()

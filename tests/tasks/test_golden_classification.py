@@ -6,53 +6,36 @@ point the variable at their folder. A file names the one that its encoder's weig
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from golden_files import ROOT, GoldenFile, golden_files
 
 import geossl
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.methods.reference import find_system
 
-ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "i2p_mae"
-
 pytestmark = pytest.mark.golden
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a mapping)
-
-
 def cases() -> list[tuple[Path, str]]:
-    found = []
-    for path in sorted(ROOT.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("case", "").endswith("fine-tuning heads"):
-                found += [(path, key.removesuffix(".logits")) for key in file.keys() if key.endswith(".logits")]  # noqa: SIM118
-    return found
+    files = golden_files("i2p_mae", lambda metadata, names: metadata.get("case", "").endswith("fine-tuning heads"))
+    return [(path, name.removesuffix(".logits")) for path in files for name in GoldenFile(path).tensors if name.endswith(".logits")]
 
 
-class Case:
+class Case(GoldenFile):
     """One head of a golden file: its tensors, and the parity model built from its weights and the encoder's."""
 
     def __init__(self, path: Path, head: str) -> None:
+        super().__init__(path)
         self.head = head
-        self.tensors, metadata = read(path)
-        self.config = json.loads(metadata["config"])
-        named = re.search(r"[\w.-]+\.safetensors", metadata.get("note", ""))
-        encoder, _ = read(ROOT / (named[0] if named else f"{path.stem.replace('_finetune', '')}.safetensors"))
-        encoder = {key.removeprefix("state_dict."): value for key, value in encoder.items() if key.startswith("state_dict.h_encoder.")}
-        own = f"{head}.state_dict."
-        self.state = {key: value for key, value in encoder.items() if "encoder_norms" not in key}
-        self.state |= {key.removeprefix(own): value for key, value in self.tensors.items() if key.startswith(own)}
-        system = "point_m2ae" if metadata["case"].startswith("Point-M2AE") else "i2p_mae"
+        named = re.search(r"[\w.-]+\.safetensors", self.metadata.get("note", ""))
+        encoder = GoldenFile(path.with_name(named[0] if named else f"{path.stem.replace('_finetune', '')}.safetensors")).part("state_dict.")
+        self.state = {key: value for key, value in encoder.items() if key.startswith("h_encoder.") and "encoder_norms" not in key}
+        self.state |= self.part(f"{head}.state_dict.")
+        system = "point_m2ae" if self.metadata["case"].startswith("Point-M2AE") else "i2p_mae"
         self.model = geossl.load_reference(system, self.state, self.config)
 
 

@@ -8,45 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden_files import ROOT, GoldenFile, close, converted_names, golden_files
 from torch import Tensor
 
 import geossl
 from geossl.geometry import PackedPoints, PointBatch
 from geossl.tasks.segmentation import Segmentation, convert_segmentation_state, fuse_layers
 
-ROOT = Path(os.environ.get("GEOSSL_GOLDEN", Path(__file__).parents[1] / "golden")) / "polar_mae"
-
 pytestmark = [pytest.mark.golden, pytest.mark.filterwarnings("ignore:this model normalises")]
 
 
 def segmentation_cases() -> list[Path]:
-    cases = []
-    for path in sorted(ROOT.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("model") == "SemanticSegmentation":
-                cases.append(path)
-    return cases
+    return golden_files("polar_mae", lambda metadata, names: metadata.get("model") == "SemanticSegmentation")
 
 
-class Case:
+class Case(GoldenFile):
     """One golden file: its tensors, packed, and the parity model built from its weights."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = file.metadata()
-        self.extra, self.param_order = json.loads(metadata["ctor"]), json.loads(metadata["param_order"])
-        # The points of the files are already centred and scaled.
-        self.config = json.loads(metadata["config"]) | {"center": 0.0, "scale": 1.0}
+        super().__init__(path)
+        self.extra, self.param_order = json.loads(self.metadata["ctor"]), json.loads(self.metadata["param_order"])
+        self.config |= {"center": 0.0, "scale": 1.0}  # the points of the files are already centred and scaled
         self.config["layers"] = self.extra.get("seg_head_fetch_layers", (3, 7, 11))
-        self.state = {key.removeprefix("state."): value.float() for key, value in self.tensors.items() if key.startswith("state.")}
-        self.state |= {k.removeprefix("state_x16."): v.float() / 16 for k, v in self.tensors.items() if k.startswith("state_x16.")}
+        self.state = {key: value.float() for key, value in self.part("state.").items()}
+        self.state |= {key: value.float() / 16 for key, value in self.part("state_x16.").items()}
         self.model: Segmentation = geossl.load_reference("polar_mae", self.state, self.config)  # type: ignore[assignment]
         self.model.config = dataclasses.replace(self.model.config, rotation="none")
         self.point_mask, self.token_mask = self.tensors["seg.point_mask"], self.tensors["tok.emb_mask"]
@@ -60,19 +49,12 @@ class Case:
         return self.tensors[name][self.token_mask]
 
     def names(self) -> dict[str, str]:
-        """Our parameter name for every published one, found by converting tensors filled with a number each."""
-        keys = list(self.state)
-        _, converted = convert_segmentation_state({k: torch.full_like(self.state[k], i) for i, k in enumerate(keys)}, self.config)
-        return {keys[int(v.flatten()[0])]: name for name, v in converted.items() if not name.endswith("num_batches_tracked")}
+        return converted_names(self.state, self.state, lambda filled: convert_segmentation_state(filled, self.config)[1])
 
 
 @pytest.fixture(scope="module", params=segmentation_cases(), ids=lambda path: path.stem)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
-
-
-def close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-4, atol: float = 2e-5, name: str = "") -> None:
-    torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
 def test_a_case_is_found() -> None:
