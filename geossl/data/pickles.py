@@ -43,8 +43,9 @@ def _empty(*_: Any) -> _Array:
 
 
 def _of_bytes(raw: bytes, kind: _Type, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
-    """How pickles of protocol 5 hold an array."""
-    return np.frombuffer(bytes(raw), kind.dtype).reshape(shape, order=order).copy()  # type: ignore[call-overload]
+    """How pickles of protocol 5 hold an array; in the machine's byte order, as numpy does for the other protocols."""
+    values = np.frombuffer(bytes(raw), kind.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+    return values.astype(kind.dtype.newbyteorder("="))
 
 
 def _scalar(kind: _Type, raw: bytes) -> Any:
