@@ -11,7 +11,6 @@ the classes of their points.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from geossl.cli.training import make_console, read_weights
 from geossl.config import load_config, read_yaml, registry_field, require, split_arguments
 from geossl.data import DATASETS, EventDataConfig, EventDataset, Subset
-from geossl.data.files import atomic_write
+from geossl.data.files import write_json
 from geossl.data.sample import COLUMN_NAMES
 from geossl.errors import ConfigError, DataError
 from geossl.evaluation import PROBES, InstanceScore, ProbeProtocol, Prober, TokenProbeProtocol, TokenProber, score_instances
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = evaluate(name, backbone, config)
         show(summary, config)
     out = config.out or (Path(name) if Path(name).is_dir() else Path()) / f"evaluation_{config.data.name}.json"
-    atomic_write(out, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+    write_json(out, summary)
     print(f"written to {out}")
     return 0
 

@@ -8,7 +8,6 @@ trained on unless flags name others.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from geossl.cli.scores import score_task
 from geossl.cli.training import check_columns, make_console
 from geossl.config import load_config, registry_field, require, split_arguments
 from geossl.data import DATASETS
-from geossl.data.files import atomic_write
+from geossl.data.files import write_json
 from geossl.errors import CheckpointError, ConfigError
 from geossl.evaluation import evaluate_by_voting
 from geossl.methods.reference import find_system, load_reference
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> int:
     show(summary)
     folder = Path(name) if Path(name).is_dir() else Path()
     out = config.out or folder / f"evaluation_{summary['task']}_{config.data.name}.json"
-    atomic_write(out, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+    write_json(out, summary)
     print(f"written to {out}")
     return 0
 

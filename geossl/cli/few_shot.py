@@ -14,7 +14,7 @@ import numpy as np
 from geossl.cli.training import changed_settings, check_columns, exit_code, log, make_console
 from geossl.config import require
 from geossl.data import ModelNet40FewShotConfig, draw_episode
-from geossl.data.files import atomic_write, read_json
+from geossl.data.files import read_json, write_json
 from geossl.engine import Result, World, seed_everything
 from geossl.engine.run_folder import clear_run_folder
 from geossl.errors import ConfigError
@@ -103,11 +103,11 @@ def run_few_shot(
                 if result.signal is not None:
                     return exit_code(result, folder)
                 curve = _accuracies(one.train.run_folder / "metrics.jsonl")
-                _write_json(score, {"last": curve[-1], "best_on_test": max(curve)})
+                write_json(score, {"last": curve[-1], "best_on_test": max(curve)})
             rows.append(read_json(score))
         log.info("fold %d of %d: accuracy %.3f (classes %s)", fold + 1, options.folds, rows[-1]["last"], ", ".join(train.classes))
     summary = summarise_folds(rows, config)
-    _write_json(folder / "few_shot.json", summary)
+    write_json(folder / "few_shot.json", summary)
     show(summary)
     print(f"written to {folder / 'few_shot.json'}")
     return 0
@@ -192,7 +192,3 @@ def _accuracies(path: Path) -> list[float]:
     """The accuracies of a run's evaluations, in their order."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row["probe/accuracy"] for row in rows if "probe/accuracy" in row]
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))

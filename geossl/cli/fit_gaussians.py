@@ -11,7 +11,6 @@ The run folder then holds ``gaussians.ply``, which splat viewers open, ``views.p
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from torch import Tensor
 from geossl.cli.training import exit_code, log, set_up_messages, tell_changes
 from geossl.config import load_config, require, to_yaml
 from geossl.data import SCENES, RGBDFolderConfig, RoomsConfig, write_gaussians
-from geossl.data.files import atomic_write
+from geossl.data.files import atomic_write, write_json
 from geossl.engine import Result
 from geossl.engine.checkpoint import find_checkpoint, prune_checkpoints, read_tensors, step_of, write_checkpoint
 from geossl.engine.interrupt import StopRequest
@@ -216,7 +215,7 @@ def finish(work: GaussianFit, config: FitGaussiansConfig, first: Tensor, shown: 
             f"held-out views ({len(work.held_out)} of {len(work.views)}): PSNR {after.psnr:.2f} dB (at the start {before.psnr:.2f}), "
             f"SSIM {after.ssim:.3f} ({before.ssim:.3f})"
         )
-    atomic_write(folder / "summary.json", lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+    write_json(folder / "summary.json", summary)
     print(f"{text}; {len(work.rows)} Gaussians, {seconds:.0f} s")
     print(f"look at: {folder / 'views.png'}   open in a splat viewer: {folder / 'gaussians.ply'}")
 

@@ -157,6 +157,11 @@ def check_finite(source: str, **arrays: np.ndarray | None) -> None:
             )
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as a JSON file, whole or not at all."""
+    atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file by ``write(file)`` under a temporary name, flush it to disk, then rename: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from geossl.data import collate
-from geossl.data.files import atomic_write
+from geossl.data.files import atomic_write, write_json
 from geossl.evaluation.event_pictures import principal_colors, save_event_pictures
 from geossl.evaluation.extract import interpolate
 from geossl.evaluation.features import device_of, frozen, read_tokens
@@ -50,7 +49,7 @@ def save_report_data(
     elif hasattr(module, "pictures"):
         _save_pictures(folder / "pictures.npz", module, dataset, pictures, seed)
     if isinstance(prober, TokenProber):
-        _save_json(
+        write_json(
             folder / "token_probe.json",
             prober.summary(backbone, seed, model=backbone.config.name, data=prober.parts[0].config.name),
         )
@@ -67,7 +66,7 @@ def save_report_data(
             layers=prober.layers,
             pooling=prober.pooling,
         )
-        _save_json(folder / "probes.json", summary)
+        write_json(folder / "probes.json", summary)
         _save_embedding(folder / "embedding.npz", prober, features)
     return folder
 
@@ -90,7 +89,7 @@ def save_segmentation_data(
     """
     folder = Path(run) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    _save_json(folder / "segmentation.json", scores.to_json())
+    write_json(folder / "segmentation.json", scores.to_json())
     _save_events(folder / "events.npz", module, dataset, events, seed)
     return folder
 
@@ -98,11 +97,6 @@ def save_segmentation_data(
 def _save_events(path: Path, module: Any, dataset: Any, count: int, seed: int) -> None:
     rows = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
     save_event_pictures(path, module, dataset, rows, [cloud_name(dataset, int(row)) for row in rows], seed)
-
-
-def _save_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def _save_pictures(path: Path, module: Any, dataset: Any, count: int, seed: int) -> None:

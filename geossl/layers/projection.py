@@ -93,7 +93,7 @@ def splat_depth(points: Tensor | PackedPoints, frames: ViewFrames) -> Tensor:
         ``[3B, S, S]``; 0 where nothing was painted. Differentiable in the depth of the points, not in where they fall.
     """
     clouds = _clouds("splat_depth", points, frames)
-    batch, cloud = len(clouds), _cloud_of_rows(clouds)
+    batch, cloud = len(clouds), ops.batch_from_offsets(clouds.offsets, len(clouds.coord))
     side = frames.size + 2  # one pixel around the image
     center = _pixels(clouds.coord, cloud, frames) + 1
     index = (_image_of_rows(cloud, batch) * side + center[..., 0]) * side + center[..., 1]
@@ -150,7 +150,7 @@ def back_project(maps: Tensor, points: Tensor | PackedPoints, frames: ViewFrames
         ValueError: shapes do not belong together, or a point is not finite.
     """
     clouds = _clouds("back_project", points, frames)
-    coord, batch, cloud = clouds.coord, len(clouds), _cloud_of_rows(clouds)
+    coord, batch, cloud = clouds.coord, len(clouds), ops.batch_from_offsets(clouds.offsets, len(clouds.coord))
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         raise TypeError(f"back_project: maps must be a floating-point tensor [3B, C, h, w], got {getattr(maps, 'dtype', type(maps))}")
     if maps.dim() != 4 or maps.shape[0] != VIEWS * batch or 0 in maps.shape[1:]:
@@ -185,11 +185,6 @@ def _clouds(name: str, points: Tensor | PackedPoints, frames: ViewFrames | None 
     if frames is not None and frames.cell.dtype != points.coord.dtype:
         raise TypeError(f"{name}: points are {points.coord.dtype}, the frames were fitted to {frames.cell.dtype}; convert the points")
     return points
-
-
-def _cloud_of_rows(clouds: PackedPoints) -> Tensor:
-    """Which cloud each point is of, ``[M]`` int64."""
-    return torch.arange(len(clouds), device=clouds.coord.device).repeat_interleave(clouds.lengths, output_size=len(clouds.coord))
 
 
 def _image_of_rows(cloud: Tensor, batch: int) -> Tensor:

@@ -310,7 +310,7 @@ def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str,
             {
                 "name": str(name),
                 "visible_share": share,
-                **_seen_by_teacher(arrays, number),
+                **_beside_the_clouds(arrays, number),
                 **{key: packed(np.unique(c, axis=0) if key == "visible" else c) for key, c in clouds.items()},
             }
         )
@@ -321,7 +321,7 @@ def _picture_panel(arrays: dict[str, np.ndarray] | None) -> tuple[list[dict[str,
     return found, scale
 
 
-def _seen_by_teacher(arrays: dict[str, np.ndarray], number: int) -> dict[str, Any]:
+def _beside_the_clouds(arrays: dict[str, np.ndarray], number: int) -> dict[str, Any]:
     """What a picture has besides the clouds: colours of the features of the points, saliency of the points, images of depth."""
     found: dict[str, Any] = {}
     if f"colors_{number}" in arrays:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from geossl.cli.benchmark.plain import table_chamfer
 from geossl.cli.benchmark.plain_point_m2ae import padded_encode, propagated
-from geossl.geometry import PointBatch
-from geossl.layers import BatchRandom, TokenPropagation, ViewFrames, weighted_mask
+from geossl.geometry import PackedPoints, PointBatch
+from geossl.layers import BatchRandom, TokenPropagation, ViewFrames, project_views, weighted_mask
+from geossl.layers.projection import IMAGENET_MEAN, IMAGENET_STD
 from geossl.methods import I2PMAE
 from geossl.methods.i2p_mae import point_rows
 
-_VIEWS = ((0, 1), (2, 0), (1, 2))  # coordinates that are row and column
+_VIEWS = ((0, 1, 2), (2, 0, 1), (1, 2, 0))  # coordinates that are row, column and depth
 
 
 def i2p_mae_loss(method: I2PMAE, batch: PointBatch, generator: torch.Generator) -> Tensor:
@@ -52,9 +53,26 @@ def enlarged(maps: Tensor, points: Tensor, lengths: Sequence[int], frames: ViewF
     read = []
     for b, own in enumerate(points.split(list(lengths))):
         views = []
-        for v, plane in enumerate(_VIEWS):
+        for v, (row, column, _) in enumerate(_VIEWS):
             large = F.interpolate(maps[v * clouds + b][None], (frames.size, frames.size), mode="bicubic")[0]
-            cell = ((own[:, list(plane)] - frames.minimum[v, b]) / frames.cell[v, b]).floor().long() + 1 + frames.shift[v, b]
+            cell = ((own[:, [row, column]] - frames.minimum[v, b]) / frames.cell[v, b]).floor().long() + 1 + frames.shift[v, b]
             views.append(large[:, cell[:, 0], cell[:, 1]].T)
         read.append(torch.stack(views, 1))
     return torch.cat(read)
+
+
+def plain_images(points: PackedPoints) -> Tensor:
+    """The images as published: 25 painted pixels a point, added one by one."""
+    _, (minimum, cell, shift, size) = project_views(points)
+    clouds, images = len(points), []
+    reach = torch.cartesian_prod(torch.arange(-2, 3), torch.arange(-2, 3))
+    for v, (row, column, depth) in enumerate(_VIEWS):
+        for b, own in enumerate(points.coord.split(points.lengths.tolist())):
+            center = ((own[:, [row, column]] - minimum[v, b]) / cell[v, b]).floor().long() + 1 + shift[v, b]
+            painted = center[:, None] + reach
+            painted = painted + (painted < 0).long() - (painted > size - 1).long()
+            index = (painted[..., 0] * size + painted[..., 1]).flatten()
+            images.append(own.new_zeros(size * size).scatter_add(0, index, own[:, depth, None].expand(-1, 25).flatten()))
+    brightness = torch.stack(images).view(3 * clouds, 1, size, size).sigmoid()
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return (brightness - mean) / std

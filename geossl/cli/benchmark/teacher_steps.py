@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from geossl.cli.benchmark.clouds import surfaces
 from geossl.cli.benchmark.measure import Case, nbytes
-from geossl.cli.benchmark.plain_i2p_mae import i2p_mae_loss
+from geossl.cli.benchmark.plain_i2p_mae import enlarged, i2p_mae_loss, plain_images
 from geossl.cli.benchmark.plain_point_m2ae import point_m2ae_features
 from geossl.cli.benchmark.steps import (
     DTYPES,
@@ -133,25 +132,7 @@ def _words(points: PackedPoints) -> str:
     return f"{len(points)} x {len(points.coord) // len(points):,} points"
 
 
-def plain_images(points: PackedPoints) -> Tensor:
-    """The images as published: 25 painted pixels a point, added one by one."""
-    _, (minimum, cell, shift, size) = project_views(points)
-    clouds, images = len(points), []
-    reach = torch.cartesian_prod(torch.arange(-2, 3), torch.arange(-2, 3))
-    for v, (row, column, depth) in enumerate(((0, 1, 2), (2, 0, 1), (1, 2, 0))):
-        for b, own in enumerate(points.coord.split(points.lengths.tolist())):
-            center = ((own[:, [row, column]] - minimum[v, b]) / cell[v, b]).floor().long() + 1 + shift[v, b]
-            painted = center[:, None] + reach
-            painted = painted + (painted < 0).long() - (painted > size - 1).long()
-            index = (painted[..., 0] * size + painted[..., 1]).flatten()
-            images.append(own.new_zeros(size * size).scatter_add(0, index, own[:, depth, None].expand(-1, 25).flatten()))
-    brightness = torch.stack(images).view(3 * clouds, 1, size, size).sigmoid()
-    return (brightness - torch.tensor((0.485, 0.456, 0.406))[:, None, None]) / torch.tensor((0.229, 0.224, 0.225))[:, None, None]
-
-
 def _back_projection_case(quick: bool) -> Case:
-    from geossl.cli.benchmark.plain_i2p_mae import enlarged
-
     step = build_step("stored", quick)
     method, points = step.module, step.batch.points
     scales, seen = method.backbone.group(points), method.look(step.batch)
