@@ -19,7 +19,7 @@ from geossl.config import flatten, read_yaml
 from geossl.data import Loader, build_loader
 from geossl.engine import BatchLoader, Result, TrainConfig, World
 from geossl.errors import CheckpointError, ConfigError
-from geossl.geometry import PackedPoints, PointBatch
+from geossl.geometry import ImageBatch, PackedPoints, PointBatch
 from geossl.models import load, save_backbone
 
 log = logging.getLogger("geossl")
@@ -67,9 +67,9 @@ class MicroBatches:
     def __init__(self, loader: Loader, parts: int) -> None:
         self.batches_per_epoch = loader.batches_per_epoch
         self._loader, self._parts = loader, parts
-        self._ready: deque[PointBatch] = deque()
+        self._ready: deque[Any] = deque()
 
-    def __next__(self) -> PointBatch:
+    def __next__(self) -> Any:
         """Return the next piece."""
         if not self._ready:
             self._ready.extend(split_batch(next(self._loader), self._parts))
@@ -89,14 +89,18 @@ class MicroBatches:
         self._loader.close()
 
 
-def split_batch(batch: PointBatch, parts: int) -> list[PointBatch]:
+def split_batch(batch: Any, parts: int) -> list[Any]:
     """Cut a batch into ``parts`` batches of nearly equal size that keep their slots in the global batch."""
     count = len(batch)
     slot = torch.arange(count) if batch.slot is None else batch.slot
     size = batch.global_size or count
-    pieces = []
+    pieces: list[Any] = []
     for part in range(parts):
         rows = slice(count * part // parts, count * (part + 1) // parts)
+        if isinstance(batch, ImageBatch):
+            reference, truth, index = (None if values is None else values[rows] for values in (batch.reference, batch.truth, batch.index))
+            pieces.append(ImageBatch(batch.image[rows], reference, truth, index, slot[rows], size))
+            continue
         offsets = batch.points.offsets[rows.start : rows.stop + 1]
         begin, end = int(offsets[0]), int(offsets[-1])
         feats = None if batch.points.feats is None else batch.points.feats[begin:end]

@@ -25,7 +25,7 @@ from geossl.data.pilarnet import PILArNetConfig, PILArNetFile, write_pilarnet
 from geossl.data.readers import read_points
 from geossl.data.room_shards import RoomShardOptions, RoomShardsConfig, RoomShardsDataset, check_rooms, write_rooms
 from geossl.data.rooms import RoomsConfig, RoomsDataset
-from geossl.data.sample import PointCloud, Sample, collate
+from geossl.data.sample import ImageSample, PointCloud, Sample, collate
 from geossl.data.scanobjectnn import ScanObjectNNConfig
 from geossl.data.scene import SCENES, SceneDataConfig, SceneDataset, SceneSample
 from geossl.data.scene_readers import RGBDFolderConfig, SUNRGBDConfig, TransformsConfig
@@ -48,6 +48,7 @@ __all__ = [
     "EventShardsConfig",
     "FileOptions",
     "FolderConfig",
+    "ImageSample",
     "LArTPCConfig",
     "LArTPCFileOptions",
     "LArTPCOptions",

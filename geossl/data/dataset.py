@@ -27,8 +27,10 @@ class SampleSource(Protocol):
     def order(self, rng: np.random.Generator) -> np.ndarray:
         """Return the order ``[n]`` in which an epoch visits the rows."""
 
-    def get(self, row: int, rng: np.random.Generator | None = None) -> Sample:
-        """Return sample ``row``; every random choice is drawn from ``rng``, and None asks for the evaluation form."""
+    def get(self, row: int, rng: np.random.Generator | None = None) -> Any:
+        """Return sample ``row``, as :func:`geossl.data.collate` takes it; every random choice is drawn from ``rng``, None
+        asks for the evaluation form.
+        """
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from geossl.config import require
 from geossl.data.dataset import SampleSource
 from geossl.data.sample import collate
 from geossl.errors import ConfigError, DataError
-from geossl.geometry import PointBatch
+from geossl.geometry import Batch
 
 _ORDER, _SAMPLE = 0, 1  # what a generator is for: the order of an epoch, or one sample
 
@@ -55,7 +55,7 @@ class _Batches(TorchDataset):
             self._order = (epoch, order)
         return self._order[1]
 
-    def __getitem__(self, number: int) -> PointBatch | DataError:
+    def __getitem__(self, number: int) -> Batch | DataError:
         batch_number, micro = divmod(number, self.accumulate)
         epoch, position = divmod(batch_number, self.per_epoch)
         rows = self._epoch_rows(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
@@ -87,7 +87,7 @@ def _one_thread(worker: int) -> None:
 
 
 class Loader:
-    """Infinite iterator of :class:`~geossl.geometry.PointBatch` over epochs; made by :func:`build_loader`.
+    """Infinite iterator of batches (see :func:`geossl.data.collate`) over epochs; made by :func:`build_loader`.
 
     Attributes:
         batches_per_epoch: Global batches in one pass over the data set: optimiser steps per epoch.
@@ -98,7 +98,7 @@ class Loader:
         self._batches, self._workers, self._prefetch, self._context, self._pin = batches, workers, prefetch, context, pin_memory
         self.batches_per_epoch = batches.per_epoch
         self.position = 0
-        self._stream: Iterator[PointBatch | DataError] | None = None
+        self._stream: Iterator[Any] | None = None
 
     @property
     def epoch(self) -> int:
@@ -113,7 +113,7 @@ class Loader:
         """Return itself: the loader is one endless stream."""
         return self
 
-    def __next__(self) -> PointBatch:
+    def __next__(self) -> Any:
         """Return the next batch.
 
         Raises:
@@ -128,7 +128,7 @@ class Loader:
         self.position += 1
         return batch
 
-    def one_pass(self) -> Iterator[PointBatch]:
+    def one_pass(self) -> Iterator[Any]:
         """Yield the batches of one epoch from its start (the current epoch), without moving the loader's position."""
         start = self.epoch * self._per_epoch
         for batch in self._open(_CountFrom(start, start + self._per_epoch)):
@@ -160,7 +160,7 @@ class Loader:
         """Stop the workers; the next batch starts new ones."""
         self._stream = None
 
-    def _open(self, numbers: _CountFrom) -> Iterator[PointBatch | DataError]:
+    def _open(self, numbers: _CountFrom) -> Iterator[Any]:
         parallel = self._workers > 0
         return iter(
             DataLoader(

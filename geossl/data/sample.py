@@ -1,16 +1,16 @@
-"""What a data set of point clouds is: one cloud as read, one sample as trained on, and how samples become a batch."""
+"""What a data set holds: one cloud as read, one sample as trained on, and how samples become a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from geossl.errors import DataError
-from geossl.geometry import PackedPoints, PointBatch
+from geossl.geometry import ImageBatch, PackedPoints, PointBatch
 
 Columns = Literal["xyz", "xyz+normal", "xyz+rgb", "all"]
 
@@ -88,15 +88,52 @@ class Sample:
     original: np.ndarray | None = None
 
 
-def collate(samples: Sequence[Sample]) -> PointBatch:
-    """Pack samples (of equal columns, any sizes) into one :class:`~geossl.geometry.PointBatch`.
+@dataclass(frozen=True)
+class ImageSample:
+    """One image or pair of images as a method sees it.
 
-    Returns:
-        points with ``coord [M, 3]`` and ``feats [M, C]`` (None without further columns), label and index ``[B]`` int64; slot and
-        global_size are left None: this batch is the whole global batch.
+    Args:
+        image: ``[3, H, W]`` float32, normalised.
+        index: Row in the data set.
+        reference: Second image of the pair, as large; None for a single image.
+        truth: ``[C, H, W]`` float32, what is to be predicted, not finite where unknown; None without.
+    """
+
+    image: torch.Tensor
+    index: int
+    reference: torch.Tensor | None = None
+    truth: torch.Tensor | None = None
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """Make one batch of samples: a :class:`~geossl.geometry.PointBatch` of :class:`Sample` s, of :class:`ImageSample` s a
+    :class:`~geossl.geometry.ImageBatch`.
+
+    ``slot`` and ``global_size`` are left None: this batch is the whole global batch.
+
+    Raises:
+        DataError: there is no sample, clouds have unequal columns, or images unequal sizes.
     """
     if not samples:
         raise DataError("collate: got no samples; a batch needs at least one")
+    return collate_images(samples) if isinstance(samples[0], ImageSample) else collate_points(samples)
+
+
+def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
+    """Stack images of equal sizes; what not every sample has is left out."""
+    sizes = {tuple(sample.image.shape) for sample in samples}
+    if len(sizes) > 1:
+        raise DataError(f"collate: the images of a batch must have equal sizes, got {sorted(sizes)}")
+    reference, truth = (
+        None if any(part is None for part in parts) else torch.stack(parts)  # type: ignore[arg-type]
+        for parts in ([sample.reference for sample in samples], [sample.truth for sample in samples])
+    )
+    index = torch.tensor([sample.index for sample in samples], dtype=torch.int64)
+    return ImageBatch(torch.stack([sample.image for sample in samples]), reference, truth, index)
+
+
+def collate_points(samples: Sequence[Sample]) -> PointBatch:
+    """Pack clouds of equal columns and any sizes; label and index are ``[B]`` int64."""
     widths = {sample.points.shape[1] for sample in samples}
     if len(widths) > 1:
         raise DataError(f"collate: the samples of a batch must have equal columns, got {sorted(widths)}")

@@ -25,15 +25,20 @@ from geossl.geometry.cameras import (
     rotate,
     transform_points,
 )
-from geossl.geometry.containers import Gaussians, Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry.containers import Batch, Gaussians, ImageBatch, Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry.images import IMAGE_MEAN, IMAGE_STD, denormalize_images, normalize_images
 from geossl.geometry.rotations import euler_to_matrix, matrix_to_quaternion, quaternion_to_matrix, rotate_each, rotation_about_z
 from geossl.geometry.spherical_harmonics import SH_C0, sh_basis, spherical_harmonics
 
 __all__ = [
     "BOX_EDGES",
+    "IMAGE_MEAN",
+    "IMAGE_STD",
     "SH_C0",
+    "Batch",
     "Cameras",
     "Gaussians",
+    "ImageBatch",
     "Output",
     "PackedPoints",
     "PointBatch",
@@ -41,11 +46,13 @@ __all__ = [
     "Tokens",
     "back_project",
     "box_corners",
+    "denormalize_images",
     "euler_to_matrix",
     "intrinsics_from_fov",
     "invert_pose",
     "look_at",
     "matrix_to_quaternion",
+    "normalize_images",
     "pixel_centers",
     "points_in_boxes",
     "pose_matrix",

@@ -296,6 +296,48 @@ class PointBatch(_Movable):
 
 
 @dataclass(frozen=True)
+class ImageBatch(_Movable):
+    """One batch of images or pairs of images, as collated by :mod:`geossl.data` and consumed by methods and tasks.
+
+    Args:
+        image: ``[B, 3, H, W]`` float32, normalised by :func:`geossl.geometry.normalize_images`. Of a pair, the image that is completed or
+            for which depth, disparity or flow is wanted.
+        reference: The second image of each pair, like ``image``; None for single images.
+        truth: What is to be predicted for each pixel of ``image``, ``[B, C, H, W]`` float32, not finite where unknown; None without.
+        index: Row of each image or pair in its data set, ``[B]`` int64, or None.
+        slot: See :class:`PointBatch`.
+        global_size: See :class:`PointBatch`.
+    """
+
+    image: Tensor
+    reference: Tensor | None = None
+    truth: Tensor | None = None
+    index: Tensor | None = None
+    slot: Tensor | None = None
+    global_size: int | None = None
+
+    _stays_on_host: ClassVar[tuple[str, ...]] = ("slot",)
+
+    def __post_init__(self) -> None:
+        if self.image.dim() != 4 or self.image.shape[1] != 3:
+            raise ValueError(f"ImageBatch: image must be [B, 3, H, W], got {list(self.image.shape)}")
+        if self.reference is not None and self.reference.shape != self.image.shape:
+            raise ValueError(f"ImageBatch: reference must be {list(self.image.shape)} like image, got {list(self.reference.shape)}")
+        samples, _, height, width = self.image.shape
+        truth = None if self.truth is None else list(self.truth.shape)
+        if truth is not None and (len(truth) != 4 or truth[:1] + truth[2:] != [samples, height, width]):
+            raise ValueError(f"ImageBatch: truth must be [{samples}, C, {height}, {width}] like image, got {truth}")
+
+    def __len__(self) -> int:
+        """Number of images or pairs in this batch."""
+        return self.image.shape[0]
+
+
+Batch = PointBatch | ImageBatch
+"""What a data set's samples become: methods and tasks take one of them."""
+
+
+@dataclass(frozen=True)
 class Output:
     """What every method and task returns to the training loop.
 

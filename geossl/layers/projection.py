@@ -17,10 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geossl import ops
-from geossl.geometry import PackedPoints
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from geossl.geometry import IMAGE_MEAN, IMAGE_STD, PackedPoints
 
 _ROW_COLUMN = ((0, 1), (2, 0), (1, 2))
 _DEPTH = (2, 1, 0)
@@ -125,7 +122,7 @@ def project_views(points: Tensor | PackedPoints, size: int = 224) -> ProjectedVi
     """
     frames = fit_views(points, size)
     like = {"dtype": frames.cell.dtype, "device": frames.cell.device}
-    mean, std = (torch.tensor(x, **like)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))  # type: ignore[arg-type]
+    mean, std = (torch.tensor(x, **like)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))  # type: ignore[arg-type]
     brightness = splat_depth(points, frames).sigmoid()[:, None]
     return ProjectedViews((brightness - mean).div_(std), frames)  # in place: the largest tensor here
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geossl.geometry import PointBatch
+from geossl.geometry import Batch
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BatchRandom:
     global_size: int | None = None
 
     @classmethod
-    def of(cls, batch: PointBatch, generator: torch.Generator | None = None) -> BatchRandom:
+    def of(cls, batch: Batch, generator: torch.Generator | None = None) -> BatchRandom:
         """The draws belonging to ``batch``."""
         return cls(len(batch), generator, batch.slot, batch.global_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geossl.cli.training import split_batch
 from geossl.data import (
     FileOptions,
     FolderConfig,
+    ImageSample,
     Loader,
     ObjectsConfig,
     PointCloud,
@@ -247,3 +250,20 @@ def test_clouds_smaller_than_a_sample_are_used_whole(tmp_path: Path, rng: np.ran
     dataset = FolderConfig(root=tmp_path, points=20, files=FileOptions(test_fraction=0.0)).build("train")
     batch = next(build_loader(dataset, 2, seed=0, shuffle=False))
     assert batch.points.lengths.tolist() == [20, 5]
+
+
+def test_images_are_collated_into_image_batches():
+    samples = [ImageSample(torch.rand(3, 16, 32), row, torch.rand(3, 16, 32), torch.rand(1, 16, 32)) for row in range(3)]
+    batch = collate(samples)
+    assert torch.equal(batch.image[1], samples[1].image)
+    assert torch.equal(batch.reference[2], samples[2].reference)
+    assert torch.equal(batch.truth[0], samples[0].truth)
+    assert batch.index.tolist() == [0, 1, 2]
+    assert collate([samples[0], replace(samples[1], truth=None)]).truth is None
+    with pytest.raises(DataError, match="equal sizes"):
+        collate([samples[0], ImageSample(torch.rand(3, 32, 32), 3)])
+    first, second = split_batch(batch, 2)
+    assert torch.equal(torch.cat([first.image, second.image]), batch.image)
+    assert first.slot.tolist() == [0]
+    assert second.slot.tolist() == [1, 2]
+    assert second.global_size == 3

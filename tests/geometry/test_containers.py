@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geossl.geometry import PackedPoints, PointBatch, SparseVoxelTokens, Tokens
+from geossl.geometry import ImageBatch, PackedPoints, PointBatch, SparseVoxelTokens, Tokens, denormalize_images, normalize_images
 
 
 @given(lengths=st.lists(st.integers(0, 4), max_size=4), columns=st.integers(3, 5))
@@ -97,3 +97,25 @@ def test_sparse_voxels_check_their_shapes():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_image_batch_checks_its_shapes():
+    image = torch.rand(2, 3, 32, 48)
+    batch = ImageBatch(image, image, torch.rand(2, 1, 32, 48), torch.arange(2), torch.arange(2), 2)
+    assert len(batch) == 2
+    assert batch.to(torch.float64).truth.dtype == torch.float64
+    for wrong, message in (
+        ({"image": image[0]}, r"image must be \[B, 3, H, W\], got \[3, 32, 48\]"),
+        ({"reference": image[..., :32]}, "reference must be .* like image"),
+        ({"truth": torch.rand(2, 32, 48)}, r"truth must be \[2, C, 32, 48\]"),
+        ({"truth": torch.rand(2, 1, 32, 32)}, r"truth must be \[2, C, 32, 48\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageBatch(**{"image": image, **wrong})
+
+
+def test_normalised_images_come_back():
+    images = torch.rand(2, 3, 4, 5)
+    normal = normalize_images(images)
+    torch.testing.assert_close(denormalize_images(normal), images)
+    torch.testing.assert_close(normal[:, 1], (images[:, 1] - 0.456) / 0.224)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from geossl.cli.benchmark.plain import table_chamfer
 from geossl.cli.benchmark.plain_point_m2ae import padded_encode, propagated
-from geossl.geometry import PackedPoints, PointBatch
+from geossl.geometry import IMAGE_MEAN, IMAGE_STD, PackedPoints, PointBatch
 from geossl.layers import BatchRandom, TokenPropagation, ViewFrames, project_views, weighted_mask
-from geossl.layers.projection import IMAGENET_MEAN, IMAGENET_STD
 from geossl.methods import I2PMAE
 from geossl.methods.i2p_mae import point_rows
 
@@ -74,5 +73,5 @@ def plain_images(points: PackedPoints) -> Tensor:
             index = (painted[..., 0] * size + painted[..., 1]).flatten()
             images.append(own.new_zeros(size * size).scatter_add(0, index, own[:, depth, None].expand(-1, 25).flatten()))
     brightness = torch.stack(images).view(3 * clouds, 1, size, size).sigmoid()
-    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
     return (brightness - mean) / std
