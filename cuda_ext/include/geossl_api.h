@@ -38,6 +38,16 @@ enum GeosslStatus : int {
 #define GEOSSL_HAS_SIMD_CLONES 0
 #endif
 
+// Defines a function for the same three machines from a body that is told the width of their vectors, `kBytes`.
+#if GEOSSL_HAS_SIMD_CLONES
+#define GEOSSL_VECTORS(head, ...)                                                                     \
+  __attribute__((target("default"))) head { constexpr int kBytes = 16; __VA_ARGS__ }                  \
+  __attribute__((target("arch=x86-64-v3"))) head { constexpr int kBytes = 32; __VA_ARGS__ }           \
+  __attribute__((target("arch=x86-64-v4"))) head { constexpr int kBytes = 64; __VA_ARGS__ }
+#else
+#define GEOSSL_VECTORS(head, ...) head { constexpr int kBytes = 16; __VA_ARGS__ }
+#endif
+
 // Before a loop of that many steps inside a loop that shall be vectorised: gcc unrolls it first, which it does of itself at -O3 alone.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define GEOSSL_UNROLL(steps) _Pragma(GEOSSL_TEXT(GCC unroll steps))
