@@ -369,6 +369,7 @@ GEOSSL_API int geossl_chamfer_cpu(int threads, int is_double, const void* x, con
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_chamfer_cpu)
 
 GEOSSL_API int geossl_chamfer_backward_cpu(int threads, int is_double, const void* x, const int64_t* x_offsets, const int64_t* x_lengths,
                                            int64_t n, const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m,
@@ -385,3 +386,4 @@ GEOSSL_API int geossl_chamfer_backward_cpu(int threads, int is_double, const voi
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_chamfer_backward_cpu)
