@@ -212,8 +212,8 @@ class NativeFunction:
             ) from error
         if types != self.argtypes:
             raise ExtensionError(
-                f"the native library {library.path} is stale: {self.name} takes arguments {types}, not {self.argtypes} (q is an integer or a "
-                f"pointer, d a double). To build it anew, {REBUILD}."
+                f"the native library {library.path} is stale: {self.name} takes arguments {types}, not {self.argtypes} "
+                f"(q is an integer or a pointer, d a double). To build it anew, {REBUILD}."
             )
         call.argtypes, call.restype = (ctypes.c_char_p,), ctypes.c_int
         self._call = call
