@@ -22,6 +22,9 @@ from geossl.data.lartpc import LArTPCConfig, LArTPCFileOptions, write_lartpc
 from geossl.data.loader import Loader, build_loader
 from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
+from geossl.data.pair_mining import MiningOptions
+from geossl.data.pair_shards import PairShardsConfig
+from geossl.data.pair_writer import PairShardOptions, check_pairs, write_pairs
 from geossl.data.pairs import PairDataConfig, PairDataset, PairsConfig
 from geossl.data.pilarnet import PILArNetConfig, PILArNetFile, write_pilarnet
 from geossl.data.readers import read_points
@@ -57,6 +60,7 @@ __all__ = [
     "LArTPCFileOptions",
     "LArTPCOptions",
     "Loader",
+    "MiningOptions",
     "ModelNet40Config",
     "ModelNet40FewShotConfig",
     "ObjectLibrary",
@@ -65,6 +69,8 @@ __all__ = [
     "PILArNetFile",
     "PairDataConfig",
     "PairDataset",
+    "PairShardOptions",
+    "PairShardsConfig",
     "PairsConfig",
     "PointCloud",
     "PointDataConfig",
@@ -92,6 +98,7 @@ __all__ = [
     "TransformsConfig",
     "build_loader",
     "build_room",
+    "check_pairs",
     "check_rooms",
     "check_shards",
     "collate",
@@ -108,6 +115,7 @@ __all__ = [
     "write_event_shards",
     "write_gaussians",
     "write_lartpc",
+    "write_pairs",
     "write_pilarnet",
     "write_rooms",
     "write_shards",
