@@ -11,6 +11,8 @@ furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrg
 
 from geossl.data.augment import AugmentConfig
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
+from geossl.data.dense import DepthConfig, FlowConfig, StereoConfig
+from geossl.data.dense_files import read_disparity, read_flow
 from geossl.data.event_files import read_events
 from geossl.data.event_shards import EventShardOptions, EventShardsConfig, write_event_shards
 from geossl.data.events import Event, EventDataConfig, EventDataset, event_sample
@@ -48,12 +50,14 @@ __all__ = [
     "SCENES",
     "AugmentConfig",
     "ColorJitterConfig",
+    "DepthConfig",
     "Event",
     "EventDataConfig",
     "EventDataset",
     "EventShardOptions",
     "EventShardsConfig",
     "FileOptions",
+    "FlowConfig",
     "FolderConfig",
     "ImageSample",
     "LArTPCConfig",
@@ -94,6 +98,7 @@ __all__ = [
     "ShapeNetPartConfig",
     "ShardOptions",
     "ShardsConfig",
+    "StereoConfig",
     "Subset",
     "TransformsConfig",
     "build_loader",
@@ -108,7 +113,9 @@ __all__ = [
     "load_objects",
     "normals_from_depth",
     "random_subset",
+    "read_disparity",
     "read_events",
+    "read_flow",
     "read_gaussians",
     "read_points",
     "simulate_event",

@@ -14,7 +14,7 @@ from geossl.data.files import existing
 from geossl.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
-_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, SyntaxError, MemoryError)
+DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, SyntaxError, MemoryError)
 """What Pillow raises on damaged bytes."""
 
 
@@ -39,7 +39,7 @@ def decode_image(source: Path | bytes, name: str, short_side: int | None = None)
             if short_side is not None:
                 colored = resize_short_side(colored, short_side)
             pixels = np.array(colored)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{name}: cannot be read as an image; it is damaged, truncated or of another kind ({error})") from error

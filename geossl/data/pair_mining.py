@@ -2,9 +2,10 @@
 
 Two images are compared by what they see: ``share[i, j]`` is the part of what image i sees that image j sees too (depth agrees, so nothing
 hidden counts). With both directions a and b, the intersection over union of the two visible surfaces is ``1 / (1/a + 1/b - 1)``, from any
-distances: exactly for points that either sees or not, and for surfaces as the pixels weigh them. As CroCo v2 does, a pair scores ``IoU * 4 cos(angle) (1 - cos(angle))``, where the angle is the one between the
-optical axes: nothing for the same view twice, most for half a turn of 60 degrees on the same place. The best pairs are taken first, and
-images that show more than three quarters of what a used one shows are left out from then on.
+distances: exactly for points that either sees or not, and for surfaces as the pixels weigh them. As CroCo v2 does, a pair scores
+``IoU * 4 cos(angle) (1 - cos(angle))``, where the angle is the one between the optical axes: nothing for the same view twice, most at 60
+degrees on the same place. The best pairs are taken first, and images that show more than three quarters of what a used one shows are left
+out from then on.
 """
 
 from __future__ import annotations
