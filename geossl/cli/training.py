@@ -98,8 +98,9 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     for part in range(parts):
         rows = slice(count * part // parts, count * (part + 1) // parts)
         if isinstance(batch, ImageBatch):
-            reference, truth, index = (None if values is None else values[rows] for values in (batch.reference, batch.truth, batch.index))
-            pieces.append(ImageBatch(batch.image[rows], reference, truth, index, slot[rows], size))
+            given = (batch.reference, batch.truth, batch.index, batch.motion)
+            reference, truth, index, motion = (None if values is None else values[rows] for values in given)
+            pieces.append(ImageBatch(batch.image[rows], reference, truth, index, slot[rows], size, motion))
             continue
         offsets = batch.points.offsets[rows.start : rows.stop + 1]
         begin, end = int(offsets[0]), int(offsets[-1])
