@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from geossl.errors import UnknownNameError
-from geossl.evaluation.dense import DenseMeter, batch_scores
+from geossl.evaluation.dense import DenseMeter
+from geossl.layers.dense_errors import batch_scores
 
 INF = float("inf")
 
