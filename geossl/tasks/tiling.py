@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -118,6 +118,7 @@ def predict_tiled(
     window: tuple[int, int],
     overlap: float = 0.7,
     weighting: Weighting,
+    confident: bool = True,
     pixel_units: bool = True,
     windows_at_once: int = 1,
     published: bool = False,
@@ -126,12 +127,13 @@ def predict_tiled(
 
     Args:
         network: Takes windows of both images ``[n, 3, *window]`` and gives ``[n, C + 1, *window]``, the confidence last; without it
-            (``[n, C, *window]``) where ``weighting`` is ``equal``.
+            (``[n, C, *window]``) where not ``confident``.
         image: ``[B, 3, H, W]``, normalised, finite, of any size.
         reference: Second images, like ``image``, or None. A window covers the same pixels of both.
         window: Height and width. Smaller images are enlarged until it fits (bicubic), and what is predicted brought back to their size.
         overlap: Share of a window that its neighbours cover as well, at least; in [0, 1). Published: 0.7, and 0.9 for the benchmarks.
         weighting: How windows are weighed where they overlap.
+        confident: Whether the network gives a confidence; without, windows count alike whatever ``weighting`` says.
         pixel_units: Values are lengths in pixels (along x, or along x and y) and follow the size of the image; False: they do not.
         windows_at_once: Windows of each image that are predicted together: more memory, and on a GPU less time.
         published: Enlarge as the published code does, see :func:`enlarged_size`, and leave the confidence at that size.
@@ -143,18 +145,49 @@ def predict_tiled(
         ValueError: images of wrong or unequal shapes, or with pixels that are not finite.
     """
     check_images(image, reference)
-    height, width = image.shape[2:]
-    big = enlarged_size((height, width), window, published=published)
-    if big != (height, width):
-        image, reference = (None if part is None else resize(part, big) for part in (image, reference))  # type: ignore[assignment]
-    values, confidence = _weighted_mean(network, image, reference, window, overlap, weighting, windows_at_once)
-    if big != (height, width):
-        values = resize(values, (height, width))
-        if pixel_units:
-            values = values * values.new_tensor([width / big[1], height / big[0]])[: values.shape[1], None, None]
-        if confidence is not None and not published:
-            confidence = resize(confidence[:, None], (height, width))[:, 0]
-    return Prediction(values, confidence)
+    size = (image.shape[2], image.shape[3])
+    big = enlarged_size(size, window, published=published)
+    offsets = itertools.product(*(window_offsets(total, side, overlap) for total, side in zip(big, window, strict=True)))
+    found = _weighted_mean(
+        network, _resized(image, big), _resized(reference, big), window, offsets, weighting if confident else None, windows_at_once
+    )
+    brought = _brought_to(found, size, pixel_units)
+    return Prediction(brought.values, found.confidence if published else brought.confidence)
+
+
+@torch.no_grad()
+def predict_whole(
+    network: Callable[[Tensor, Tensor | None], Tensor],
+    image: Tensor,
+    reference: Tensor | None = None,
+    *,
+    multiple: int,
+    confident: bool,
+    pixel_units: bool = True,
+) -> Prediction:
+    """Predict images at once, whatever their size: memory grows with it.
+
+    Args:
+        network: See :func:`predict_tiled`.
+        image: ``[B, 3, H, W]``, normalised, finite.
+        reference: Second images, like ``image``, or None.
+        multiple: What the network's images must be multiples of. Others are enlarged to the next ones (bicubic), and what is predicted
+            brought back to their size.
+        confident: Whether the network gives a confidence.
+        pixel_units: See :func:`predict_tiled`.
+
+    Returns:
+        Values ``[B, C, H, W]``, and confidence ``[B, H, W]`` or None.
+
+    Raises:
+        ValueError: see :func:`check_images`.
+    """
+    check_images(image, reference)
+    size = (image.shape[2], image.shape[3])
+    big = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+    output = network(_resized(image, big), _resized(reference, big)).float()
+    found = Prediction(output[:, :-1], output[:, -1]) if confident else Prediction(output, None)
+    return _brought_to(found, size, pixel_units)
 
 
 def _weighted_mean(
@@ -162,29 +195,27 @@ def _weighted_mean(
     image: Tensor,
     reference: Tensor | None,
     window: tuple[int, int],
-    overlap: float,
-    weighting: Weighting,
+    offsets: Iterator[tuple[int, ...]],
+    weighting: Weighting | None,
     windows_at_once: int,
 ) -> Prediction:
-    """Run the windows and average them; see :func:`predict_tiled`."""
-    confident = weighting.kind != "equal"
+    """Run the windows that begin at ``offsets`` and average them; without a ``weighting`` there is no confidence."""
     samples, (height, width) = image.shape[0], image.shape[2:]
     total, weights = None, image.new_full((samples, 1, height, width), SMALLEST_WEIGHT, dtype=torch.float32)
-    starts = itertools.product(window_offsets(height, window[0], overlap), window_offsets(width, window[1], overlap))
-    for group in _groups(starts, windows_at_once):
+    for group in _groups(offsets, windows_at_once):
         places = [(slice(y, y + window[0]), slice(x, x + window[1])) for y, x in group]
         left, right = (None if part is None else torch.cat([part[..., y, x] for y, x in places]) for part in (image, reference))
         assert left is not None
         output = network(left, right).float()
         for (y, x), part in zip(places, output.split(samples), strict=True):
-            weight = weighting(part[:, -1:] if confident else torch.zeros_like(part[:, :1]))
+            weight = torch.ones_like(part[:, :1]) if weighting is None else weighting(part[:, -1:])
             if total is None:
                 total = part.new_zeros((samples, part.shape[1], height, width))
             total[..., y, x] += part * weight
             weights[..., y, x] += weight
     assert total is not None
     total /= weights
-    return Prediction(total[:, :-1], total[:, -1]) if confident else Prediction(total, None)
+    return Prediction(total, None) if weighting is None else Prediction(total[:, :-1], total[:, -1])
 
 
 def check_images(image: Tensor, reference: Tensor | None) -> None:
@@ -202,11 +233,24 @@ def check_images(image: Tensor, reference: Tensor | None) -> None:
             raise ValueError(f"{name} has {int((~part.isfinite()).sum())} values that are not finite; replace or crop them")
 
 
-def resize(images: Tensor, size: Sequence[int]) -> Tensor:
-    """Bicubic, ``[B, C, h, w]`` to ``size`` (height, width)."""
-    return F.interpolate(images, size=tuple(size), mode="bicubic", align_corners=False)
+def _resized(images: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Images ``[B, C, h, w]`` at ``size`` (height, width), bicubic; None stays None."""
+    if images is None or images.shape[2:] == size:
+        return images  # type: ignore[return-value]
+    return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
 
 
-def _groups(items: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+def _brought_to(found: Prediction, size: tuple[int, int], pixel_units: bool) -> Prediction:
+    """A prediction at ``size`` (height, width); lengths in pixels follow."""
+    (height, width), (rows, columns) = size, found.values.shape[2:]
+    if (rows, columns) == size:
+        return found
+    values = _resized(found.values, size)
+    if pixel_units:
+        values = values * values.new_tensor([width / columns, height / rows])[: values.shape[1], None, None]
+    return Prediction(values, None if found.confidence is None else _resized(found.confidence[:, None], size)[:, 0])
+
+
+def _groups(items: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
     while group := list(itertools.islice(items, size)):
         yield group
