@@ -129,6 +129,11 @@ class CroCoFile:
         """Configuration and weights of a :class:`~geossl.models.CroCoDecoder`."""
         return decoder_config(self.arguments), _renamed(_join_keys_and_values(self.state), _DECODER_NAMES)
 
+    def others(self) -> dict[str, Tensor]:
+        """Weights that belong to neither, by their published names: mask token, heads."""
+        known = tuple(old for old, _ in (*_ENCODER_NAMES, *_DECODER_NAMES))
+        return {key: value for key, value in self.state.items() if not key.startswith(known)}
+
 
 def read_croco_file(source: str | os.PathLike[str] | Mapping[str, Any], config: Mapping[str, Any] | None = None) -> CroCoFile:
     """Read a published checkpoint of any generation, without executing anything in it.
