@@ -117,7 +117,7 @@ def read_weights(source: str) -> Any:
     if Path(source).is_file():
         from geossl.methods.reference import find_system, load_reference
 
-        return load_reference(find_system(source), source).get_submodule("backbone")
+        return getattr(load_reference(find_system(source), source), "backbone")  # noqa: B009 - of methods and tasks, unknown to nn.Module
     if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
         raise CheckpointError(f"{source}: no such file")
     return load(source)

@@ -411,7 +411,6 @@ _CRITERIA = {
     "LaplacianLossBounded2": "laplacian_bounded2",
     "L1Loss": "l1",
 }
-_BODY = ("enc_pos_embed", "patch_embed.", "enc_blocks.", "enc_norm.", "dec_pos_embed", "decoder_embed.", "dec_blocks.", "dec_norm.")
 TASK_OPTIONS = ("task", "criterion", "crop", "tile_conf_mode", "hooks")
 """What a file may say of its task, and a caller of :func:`geossl.load_reference` may say over it."""
 
@@ -461,7 +460,7 @@ def convert_reference_file(
     state |= {f"body.decoder.{key}": value for key, value in decoder_state.items()}
     state |= {f"head.{key}": value for key, value in head.items()}
     # Names of nothing known stay, so that loading reports them.
-    return (encoder, config), state | {k: v for k, v in file.state.items() if not k.startswith(("head.dpt.", *_BODY))}
+    return (encoder, config), state | {key: value for key, value in file.others().items() if not key.startswith("head.dpt.")}
 
 
 def _loss_of(criterion: str, name: str) -> str:
