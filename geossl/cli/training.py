@@ -143,7 +143,7 @@ def check_columns(dataset: Any, backbone: Any) -> None:
 
 def gives_images(dataset: Any) -> bool:
     """Whether the samples of a data set are images."""
-    return isinstance(dataset, PairDataset)
+    return tuple(dataset.columns) == PairDataset.columns
 
 
 def tell_changes(config: Any, run_folder: Path) -> None:
