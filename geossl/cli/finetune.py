@@ -44,9 +44,14 @@ from geossl.layers.dpt import STEP
 from geossl.models import BACKBONES, CroCoPair, load_pair_backbone
 from geossl.models.checkpoints import load_state
 from geossl.models.croco_files import save_decoder
-from geossl.tasks import TASKS, DenseConfig, PartSegmentationConfig, SegmentationConfig, save_task
+from geossl.tasks import TASKS, DenseConfig, PartSegmentationConfig, RelativePoseConfig, SegmentationConfig, save_task
 from geossl.tasks.dense import PairDenseConfig
 from geossl.tasks.segmentation import class_weights_of
+
+PAIR_TASKS = (PairDenseConfig, RelativePoseConfig)
+"""Tasks on pairs of images: they take encoder and decoder."""
+IMAGE_TASKS = (DenseConfig, RelativePoseConfig)
+"""Tasks on images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,7 @@ def train_task(config: FinetuneConfig, world: World, dataset: Any, test: Any) ->
     check_batch(config, world)
     loader = batches(dataset, config.train, world)
     seed_everything(config.train.seed)
-    body = build_pair(config) if isinstance(config.task, PairDenseConfig) else build_backbone(config)
+    body = build_pair(config) if isinstance(config.task, PAIR_TASKS) else build_backbone(config)
     if isinstance(body, CroCoPair):
         config = dataclasses.replace(config, task=dataclasses.replace(config.task, decoder=body.decoder.config))
     check_columns(dataset, (body.backbone if isinstance(body, CroCoPair) else body).config)
@@ -163,7 +168,7 @@ def labelled_part(config: FinetuneConfig) -> Any:
 
 def check_labels(dataset: Any, task: Any) -> None:
     """Check that every training sample has a class, or its points have, or its pixels what is to be predicted, as ``task`` needs."""
-    if isinstance(task, DenseConfig):
+    if isinstance(task, IMAGE_TASKS):
         check_images(dataset, task)
         return
     if gives_images(dataset):
@@ -181,17 +186,23 @@ def check_labels(dataset: Any, task: Any) -> None:
         raise ConfigError(f"data: {missing} of the {len(dataset)} samples of {dataset.config.name} have no class{hint}")
 
 
-def check_images(dataset: Any, task: DenseConfig) -> None:
+def check_images(dataset: Any, task: Any) -> None:
     """Check that the samples of ``dataset`` are images with the truth that ``task`` predicts, of a size it can be trained on."""
     if not gives_images(dataset):
         raise ConfigError(f"data: {dataset.config.name} gives point clouds, but task {task.name} needs images; choose room_pairs")
     batch = collate([dataset.get(0, None)])
+    if isinstance(task, PAIR_TASKS) and batch.reference is None:
+        raise ConfigError(f"data: {dataset.config.name} gives single images, but task {task.name} needs pairs; set data.views to 2")
+    if isinstance(task, RelativePoseConfig):
+        if batch.motion is None:
+            raise ConfigError(
+                f"data: {dataset.config.name} gives no motion between images; choose pose_pairs, or room_pairs with truth motion"
+            )
+        return
     try:
         check_truth(task.name, batch, dataset.config.name)
     except DataError as error:
         raise ConfigError(f"data: {error}") from error
-    if isinstance(task, PairDenseConfig) and batch.reference is None:
-        raise ConfigError(f"data: {dataset.config.name} gives single images, but task {task.name} needs pairs; set data.views to 2")
     height, width = batch.image.shape[2:]
     if task.head == "dpt" and (height % STEP or width % STEP):
         raise ConfigError(f"data: images are {height} x {width}, but head dpt needs multiples of {STEP}; choose another data.crop")
@@ -200,7 +211,7 @@ def check_images(dataset: Any, task: DenseConfig) -> None:
 def check_batch(config: FinetuneConfig, world: World) -> None:
     """Check that every forward pass has two clouds, where the task normalises something over the clouds of a batch."""
     parts = world.size * config.train.accumulate
-    if not isinstance(config.task, (SegmentationConfig, DenseConfig)) and config.train.batch_size < 2 * parts:
+    if not isinstance(config.task, (SegmentationConfig, *IMAGE_TASKS)) and config.train.batch_size < 2 * parts:
         raise ConfigError(
             f"train.batch_size: task {config.task.name} normalises over the clouds of each forward pass and needs two of them, so at least "
             f"{2 * parts} with {world.size} processes and train.accumulate {config.train.accumulate}, got {config.train.batch_size}"
@@ -210,7 +221,7 @@ def check_batch(config: FinetuneConfig, world: World) -> None:
 def with_classes(task: Any, dataset: Any) -> Any:
     """Fill in the number of classes (or parts), and how a segmentation weighs them, where the task leaves that to the data."""
     name = dataset.config.name
-    if isinstance(task, DenseConfig):
+    if isinstance(task, IMAGE_TASKS):
         return task
     if isinstance(task, PartSegmentationConfig):
         if task.part_counts and task.part_counts != tuple(dataset.part_counts):

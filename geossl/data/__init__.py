@@ -24,6 +24,7 @@ from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
 from geossl.data.pairs import PairDataConfig, PairDataset, PairsConfig
 from geossl.data.pilarnet import PILArNetConfig, PILArNetFile, write_pilarnet
+from geossl.data.pose_pairs import PosePairsConfig
 from geossl.data.readers import read_points
 from geossl.data.room_pairs import RoomPairsConfig, normals_from_depth
 from geossl.data.room_shards import RoomShardOptions, RoomShardsConfig, RoomShardsDataset, check_rooms, write_rooms
@@ -69,6 +70,7 @@ __all__ = [
     "PointCloud",
     "PointDataConfig",
     "PointDataset",
+    "PosePairsConfig",
     "RGBDFolderConfig",
     "Room",
     "RoomError",

@@ -19,7 +19,7 @@ from geossl.evaluation.report_data import save_report_data, save_segmentation_da
 from geossl.evaluation.segmentation import SegmentationMeter, SegmentationScores, evaluate_segmentation
 from geossl.evaluation.summary import summarise
 from geossl.evaluation.token_probe import TOKEN_BASELINES, TokenProbeProtocol, TokenProber, TokenProbeScore
-from geossl.evaluation.trajectory import TrajectoryScores, absolute_trajectory_error, pose_errors
+from geossl.evaluation.trajectory import TrajectoryScores, absolute_trajectory_error, evaluate_poses, pose_errors
 
 __all__ = [
     "BASELINES",
@@ -47,6 +47,7 @@ __all__ = [
     "evaluate_classification",
     "evaluate_dense",
     "evaluate_part_segmentation",
+    "evaluate_poses",
     "evaluate_segmentation",
     "extract_features",
     "pool_tokens",

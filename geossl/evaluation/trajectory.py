@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from geossl.data import build_loader
+from geossl.errors import DataError
+from geossl.evaluation.features import device_of, frozen
 from geossl.geometry import invert_pose
 
 
@@ -149,6 +152,42 @@ def absolute_trajectory_error(estimated: Tensor, truth: Tensor, *, with_scale: b
         rotation=float(np.median(angle)),
         alignment=alignment,
     )
+
+
+def evaluate_poses(module: Any, dataset: Any, *, batch_size: int = 8) -> dict[str, float]:
+    """Score a relative pose task on the evaluation form of a data set.
+
+    Args:
+        module: Has ``predict(image, reference)``, which gives motions ``[B, 4, 4]`` (:class:`geossl.tasks.RelativePose`).
+        dataset: Gives :class:`geossl.data.ImageSample` with ``reference`` and ``motion``. Where it has ``chains`` (rows that follow each
+            other, :class:`geossl.data.PosePairsConfig`), their motions are strung together to trajectories.
+        batch_size: Pairs per forward pass.
+
+    Returns:
+        ``median_translation`` and ``median_rotation`` of the motions: also the errors of the absolute pose of the first image, if that of
+        the second is known. With ``chains`` the mean over them of ``ate`` (:attr:`TrajectoryScores.rmse`).
+
+    Raises:
+        DataError: there is no sample, or samples have no motion.
+    """
+    if not len(dataset):
+        raise DataError("evaluate_poses: the data set is empty")
+    found, true, device = [], [], device_of(module)
+    loader = build_loader(dataset, min(batch_size, len(dataset)), seed=0, shuffle=False, drop_last=False, augment=False)
+    with frozen(module):
+        for batch in loader.one_pass():
+            if batch.motion is None or batch.reference is None:
+                raise DataError(f"evaluate_poses: samples of {dataset.config.name} have no motion between two images")
+            moved = batch.to(device)
+            found.append(module.predict(moved.image, moved.reference).cpu())
+            true.append(batch.motion)
+    estimated, truth = torch.cat(found).double(), torch.cat(true).double()
+    scores = pose_errors(estimated, truth).medians()
+    chains = [torch.from_numpy(rows) for rows in getattr(dataset, "chains", ()) if len(rows)]
+    if chains:
+        strung = [[chain_motions(invert_pose(motions[rows])) for motions in (estimated, truth)] for rows in chains]
+        scores["ate"] = float(np.mean([absolute_trajectory_error(*pair).rmse for pair in strung]))
+    return scores
 
 
 def relative_motion(world_to_cam: Tensor, other_world_to_cam: Tensor) -> Tensor:

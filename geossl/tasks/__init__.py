@@ -6,6 +6,7 @@ from geossl.tasks.files import load_task, save_task
 from geossl.tasks.gaussian_density import DensityConfig
 from geossl.tasks.gaussian_fitting import GaussianFit, GaussianFitConfig, GaussianFitResult, RatesConfig, StartConfig, fit_gaussians
 from geossl.tasks.part_segmentation import PartSegmentation, PartSegmentationConfig
+from geossl.tasks.pose import RelativePose, RelativePoseConfig
 from geossl.tasks.registry import TASKS
 from geossl.tasks.segmentation import Segmentation, SegmentationConfig
 from geossl.tasks.tiling import Prediction, Weighting, predict_tiled
@@ -27,6 +28,8 @@ __all__ = [
     "PartSegmentationConfig",
     "Prediction",
     "RatesConfig",
+    "RelativePose",
+    "RelativePoseConfig",
     "Segmentation",
     "SegmentationConfig",
     "StartConfig",
