@@ -23,8 +23,10 @@ from geossl.cli.finetune import check_images
 from geossl.cli.training import make_console
 from geossl.config import load_config, registry_field, require, split_arguments
 from geossl.data import DATASETS
+from geossl.data.dense_files import read_disparity, read_flow, read_npy, read_pfm, write_flo, write_pfm
 from geossl.data.files import atomic_write, write_json
 from geossl.data.image_files import decode_image
+from geossl.data.scene import read_depth
 from geossl.errors import CheckpointError, ConfigError, DataError
 from geossl.evaluation import DenseMeter, evaluate_dense
 from geossl.evaluation.dense_pictures import paint
@@ -44,7 +46,8 @@ class EvaluateDenseConfig:
     right: Path | None = None
     """The second image, for stereo and flow."""
     truth: Path | None = None
-    """What is true, to be scored against: a .npy, .pfm or .flo file, or KITTI's 16-bit png (disparity times 256, flow with a mask)."""
+    """What is true, to be scored against: a .npy, .pfm or .flo file, or a 16-bit png (disparity times 256 and flow as of KITTI, depth in
+    millimetres)."""
     out: Path | None = None
     """File to write. Of an image: .npy or .pfm (numbers), .flo (flow), .png (a picture in colours). Of a data set: the scores as JSON, by
     default ``evaluation_<task>_<data>.json`` in the model's folder, or here."""
@@ -168,15 +171,29 @@ def show(title: str, scores: dict[str, float]) -> None:
 
 def read_truth(path: Path, kind: str) -> Tensor:
     """Read truth for task ``kind``, ``[C, H, W]`` float32, infinite where unknown."""
-    raise NotImplementedError
+    if kind == "stereo":
+        return read_disparity(path)
+    if kind == "flow":
+        return read_flow(path)
+    if kind == "depth":  # as disparity, in which what is not positive is unknown, too
+        return read_depth(path)[0][None] if path.suffix == ".png" else read_disparity(path)
+    values = read_npy(path) if path.suffix == ".npy" else read_pfm(path)
+    if values.ndim != 3 or values.shape[2] != 3:
+        raise DataError(f"{path}: normals must be [H, W, 3], got {list(values.shape)}")
+    return torch.from_numpy(values.astype(np.float32).transpose(2, 0, 1).copy())
 
 
 def write_values(path: Path, kind: str, values: Tensor, truth: Tensor | None) -> None:
     """Write predicted ``values [C, H, W]`` in the format that the name of ``path`` asks for; ``truth`` sets the range of the colours."""
+    numbers = values[0].numpy() if len(values) == 1 else values.permute(1, 2, 0).numpy()
     if path.suffix == ".npy":
-        atomic_write(path, lambda file: np.save(file, values.numpy()))
+        atomic_write(path, lambda file: np.save(file, numbers))
     elif path.suffix == ".png":
         from PIL import Image
 
         picture = Image.fromarray((255 * paint(kind, values, truth)).round().astype(np.uint8))
         atomic_write(path, lambda file: picture.save(file, "PNG"))
+    elif path.suffix == ".flo":
+        write_flo(path, numbers)
+    else:
+        write_pfm(path, numbers)
