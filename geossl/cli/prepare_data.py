@@ -2,13 +2,14 @@
 
     prepare_data.py folder --source MESHES --out SHARDS --points 8192     a folder of meshes or clouds -> memory-mapped shards
     prepare_data.py rooms --count 1000 --views 8 --out ROOMS --workers 4  build furnished rooms -> webdataset shards, contact sheet
+    prepare_data.py pairs --source SCENES --out PAIRS --workers 4         posed images or lists of pairs -> webdataset shards of pairs
     prepare_data.py lartpc --events 1000 --out data/lartpc.h5             simulate particle events -> HDF5 as PILArNet-M has it
     prepare_data.py events --source PILARNET --out SHARDS --workers 4     PILArNet-M's HDF5 files -> memory-mapped shards
     prepare_data.py check --source SHARDS                                 compare every file of a set with its checksum
     prepare_data.py objects --source CATALOGUE --out FILE.npz             rebuild the embedded objects
 
-``folder``, ``rooms`` and ``events`` continue where they were interrupted when the same command is given again. Then: ``data: {name:
-shards, root: SHARDS}`` (``event_shards`` for events), or ``RoomShardsConfig(root=ROOMS).build()``.
+``folder``, ``rooms``, ``pairs`` and ``events`` continue where they were interrupted when the same command is given again. Then: ``data:
+{name: shards, root: SHARDS}`` (``event_shards`` for events, ``pair_shards`` for pairs), or ``RoomShardsConfig(root=ROOMS).build()``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from geossl.data import (
 )
 from geossl.data.files import read_json
 from geossl.data.objects import pack_objects
+from geossl.data.pair_writer import NAME as PAIRS
+from geossl.data.pair_writer import PairShardOptions, check_pairs, write_pairs
 from geossl.data.room_shards import NAME as ROOMS
 from geossl.data.room_shards import RoomShardOptions, check_rooms, write_rooms
 from geossl.errors import ConfigError, unknown_name
@@ -60,6 +63,17 @@ class RoomsCommand(RoomShardOptions):
 
 
 @dataclass(kw_only=True)
+class PairsCommand(PairShardOptions):
+    """Mine pairs of posed images, or take listed ones, and write them to shards; give the same command again to continue."""
+
+    source: Path | None = None
+    """Scenes: folders of RGB-D frames (7-Scenes, ScanNet), transforms.json, COLMAP models, rooms of this program, or a folder of such.
+    Pairs: a folder of them, a list of two paths a line, or a crop list as CroCo publishes it (crops_release.txt)."""
+    out: Path | None = None
+    """Folder to write."""
+
+
+@dataclass(kw_only=True)
 class LArTPCCommand(LArTPCFileOptions):
     """Simulate particle events in liquid argon and write them in the layout of PILArNet-M."""
 
@@ -79,7 +93,7 @@ class EventsCommand(EventShardOptions):
 
 @dataclass(kw_only=True)
 class CheckCommand:
-    """Compare every file of a set of shards or rooms with its checksum."""
+    """Compare every file of a set of shards, rooms or pairs with its checksum."""
 
     source: Path | None = None
     """Folder of the set."""
@@ -151,6 +165,29 @@ def _rooms(args: list[str]) -> int:
     return 0
 
 
+def _pairs(args: list[str]) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    command = load_config(PairsCommand, None, args, prog="prepare-data pairs")
+    source, out = _given(command.source, "source"), _given(command.out, "out")
+    options = PairShardOptions(**{f.name: getattr(command, f.name) for f in fields(PairShardOptions)})
+    started = time.perf_counter()
+    with Progress(TextColumn("making pairs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=None)
+        index = write_pairs(source, out, options, lambda done, total: bar.update(task, completed=done, total=total))
+    shards = [shard for shard in index["shards"] if shard["pairs"]]
+    size = sum(shard.get("bytes", 0) for shard in shards) / 1e6
+    print(f"{out}: {index['pairs']} pairs in {len(shards)} shards, {size:.1f} MB, {time.perf_counter() - started:.1f} s")
+    for reason, count in index["left_out"].items():
+        example = index["examples"].get(reason)
+        print(f"left out {count} {reason}" + (f"; the first: {example}" if example else ""))
+    if any(shard.get("known") == "focus" for shard in shards):
+        print("note: some places have poses but no depth; what their images have in common was estimated from where the cameras look")
+    print(f"look at: {out / 'contact_sheet.png'}")
+    print(f"use it with: --data.name {'pair_shards' if options.layout == 'webdataset' else 'pairs'} --data.root {out}")
+    return 0
+
+
 def _lartpc(args: list[str]) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -184,6 +221,9 @@ def _events(args: list[str]) -> int:
 def _check(args: list[str]) -> int:
     source = _given(load_config(CheckCommand, None, args, prog="prepare-data check").source, "source")
     index = source / "index.json"
+    if index.is_file() and read_json(index).get("format") == PAIRS:
+        print(f"{source}: all {check_pairs(source)} shards have the checksums of the index")
+        return 0
     if index.is_file() and read_json(index).get("format") == ROOMS:
         print(f"{source}: all {check_rooms(source)} shards have the checksums of the index")
         return 0
@@ -202,6 +242,7 @@ def _objects(args: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "folder": _folder,
     "rooms": _rooms,
+    "pairs": _pairs,
     "lartpc": _lartpc,
     "events": _events,
     "check": _check,

@@ -11,6 +11,8 @@ furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrg
 
 from geossl.data.augment import AugmentConfig
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
+from geossl.data.dense import DepthConfig, FlowConfig, StereoConfig
+from geossl.data.dense_files import read_disparity, read_flow
 from geossl.data.event_files import read_events
 from geossl.data.event_shards import EventShardOptions, EventShardsConfig, write_event_shards
 from geossl.data.events import Event, EventDataConfig, EventDataset, event_sample
@@ -22,6 +24,9 @@ from geossl.data.lartpc import LArTPCConfig, LArTPCFileOptions, write_lartpc
 from geossl.data.loader import Loader, build_loader
 from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
+from geossl.data.pair_mining import MiningOptions
+from geossl.data.pair_shards import PairShardsConfig
+from geossl.data.pair_writer import PairShardOptions, check_pairs, write_pairs
 from geossl.data.pairs import PairDataConfig, PairDataset, PairsConfig
 from geossl.data.pilarnet import PILArNetConfig, PILArNetFile, write_pilarnet
 from geossl.data.pose_pairs import PosePairsConfig
@@ -46,18 +51,21 @@ __all__ = [
     "SCENES",
     "AugmentConfig",
     "ColorJitterConfig",
+    "DepthConfig",
     "Event",
     "EventDataConfig",
     "EventDataset",
     "EventShardOptions",
     "EventShardsConfig",
     "FileOptions",
+    "FlowConfig",
     "FolderConfig",
     "ImageSample",
     "LArTPCConfig",
     "LArTPCFileOptions",
     "LArTPCOptions",
     "Loader",
+    "MiningOptions",
     "ModelNet40Config",
     "ModelNet40FewShotConfig",
     "ObjectLibrary",
@@ -66,6 +74,8 @@ __all__ = [
     "PILArNetFile",
     "PairDataConfig",
     "PairDataset",
+    "PairShardOptions",
+    "PairShardsConfig",
     "PairsConfig",
     "PointCloud",
     "PointDataConfig",
@@ -90,10 +100,12 @@ __all__ = [
     "ShapeNetPartConfig",
     "ShardOptions",
     "ShardsConfig",
+    "StereoConfig",
     "Subset",
     "TransformsConfig",
     "build_loader",
     "build_room",
+    "check_pairs",
     "check_rooms",
     "check_shards",
     "collate",
@@ -103,13 +115,16 @@ __all__ = [
     "load_objects",
     "normals_from_depth",
     "random_subset",
+    "read_disparity",
     "read_events",
+    "read_flow",
     "read_gaussians",
     "read_points",
     "simulate_event",
     "write_event_shards",
     "write_gaussians",
     "write_lartpc",
+    "write_pairs",
     "write_pilarnet",
     "write_rooms",
     "write_shards",

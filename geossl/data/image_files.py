@@ -14,7 +14,7 @@ from geossl.data.files import existing
 from geossl.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
-_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, SyntaxError, MemoryError)
+DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, SyntaxError, MemoryError)
 """What Pillow raises on damaged bytes."""
 
 
@@ -39,7 +39,7 @@ def decode_image(source: Path | bytes, name: str, short_side: int | None = None)
             if short_side is not None:
                 colored = resize_short_side(colored, short_side)
             pixels = np.array(colored)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{name}: cannot be read as an image; it is damaged, truncated or of another kind ({error})") from error
@@ -70,3 +70,24 @@ def resize_short_side(image: Any, short_side: int) -> Any:
     scale = short_side / min(width, height)
     size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
     return image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
+
+
+def encode_image(image: Tensor, kind: str, quality: int = 95) -> bytes:
+    """Encode ``[3, H, W]`` uint8 as ``jpg`` (of this quality, colours at full resolution) or ``png``."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if kind == "png":
+        pixels.save(buffer, "PNG")
+    else:
+        pixels.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def shrink(image: Tensor, short_side: int) -> Tensor:
+    """Bring ``[3, H, W]`` uint8 to this many pixels along its shorter side."""
+    from PIL import Image
+
+    resized = resize_short_side(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), short_side)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -275,8 +275,10 @@ def read_pair_list(path: Path) -> list[tuple[str, str]]:
 
 
 def _read_stems(path: Path) -> list[tuple[str, str]]:
-    """Read ``listing.txt`` of extracted crops: the part of the names before ``_1.jpg`` and ``_2.jpg``."""
-    return [(f"{line}_1.jpg", f"{line}_2.jpg") for line in read_lines(path) if not line.startswith("#")]
+    """Read ``listing.txt`` of extracted crops: the part of the names before ``_1.jpg`` and ``_2.jpg`` (or another suffix, all the same)."""
+    stems = [line for line in read_lines(path) if not line.startswith("#")]
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if stems and (path.parent / f"{stems[0]}_1{suffix}").exists()), ".jpg")
+    return [(f"{stem}_1{suffix}", f"{stem}_2{suffix}") for stem in stems]
 
 
 def _choose_part(found: list[tuple[str, str]], split: str, test_fraction: float) -> list[tuple[str, str]]:

@@ -110,25 +110,29 @@ def _only_all(name: str, split: str) -> None:
 
 
 class RGBDFolderDataset(SceneDataset):
-    """See :class:`RGBDFolderConfig`. ``frames`` are the names of the usable frames, ``skipped`` those without a pose."""
+    """See :class:`RGBDFolderConfig`.
+
+    ``frames`` are the names of the usable frames, ``poses`` their ``world_to_cam [4, 4]``, ``skipped`` the names of those without a pose;
+    ``intrinsics [3, 3]`` float64 are those of the depth images.
+    """
 
     def __init__(self, config: RGBDFolderConfig) -> None:
         root = existing(config.root, "folder")
         self.layout: Literal["7scenes", "scannet"] = "scannet" if (root / "pose").is_dir() else "7scenes"
         if self.layout == "scannet":
             poses = sorted((root / "pose").glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
-            self._intrinsics = read_matrix(root / "intrinsic" / "intrinsic_depth.txt", 3, 3)
+            self.intrinsics = read_matrix(root / "intrinsic" / "intrinsic_depth.txt", 3, 3)
         else:
             poses = sorted(root.glob("frame-*.pose.txt"))
             found = next((f / "camera-intrinsics.txt" for f in (root, root.parent) if (f / "camera-intrinsics.txt").exists()), None)
-            self._intrinsics = np.array(_SEVEN_SCENES_K) if found is None else read_matrix(found, 3, 3)
-        checked_intrinsics(self._intrinsics, f"{root} (camera)")
+            self.intrinsics = np.array(_SEVEN_SCENES_K) if found is None else read_matrix(found, 3, 3)
+        checked_intrinsics(self.intrinsics, f"{root} (camera)")
         if not poses:
             raise DataError(f"{root}: holds neither frame-*.pose.txt (7-Scenes) nor pose/*.txt (ScanNet); is this the right folder?")
         align = _axis_alignment(root) if self.layout == "scannet" else np.eye(4)
         self.frames: list[str] = []
         self.skipped: list[str] = []
-        self._poses: list[Tensor] = []
+        self.poses: list[Tensor] = []
         for path in poses:
             name = path.name.removesuffix(".txt").removesuffix(".pose")
             pose = read_matrix(path, 4, 4)
@@ -136,7 +140,7 @@ class RGBDFolderDataset(SceneDataset):
                 self.skipped.append(name)
                 continue
             self.frames.append(name)
-            self._poses.append(invert_pose(rigid(align @ pose, str(path))))
+            self.poses.append(invert_pose(rigid(align @ pose, str(path))))
         if self.skipped:
             log.warning("%s: left out %d of %d frames, whose pose is not known", root, len(self.skipped), len(poses))
         span = (config.views - 1) * config.step + 1
@@ -173,13 +177,13 @@ class RGBDFolderDataset(SceneDataset):
             size = wanted or stored
             images.append(read_image(color, size)[0])
             depths.append(torch.where(depth <= config.max_depth, depth, 0.0))
-            intrinsics.append(fitted_intrinsics(torch.from_numpy(self._intrinsics).float(), stored, size))
+            intrinsics.append(fitted_intrinsics(torch.from_numpy(self.intrinsics).float(), stored, size))
         source = f"{config.root} frames {', '.join(self.frames[number] for number in numbers)}"
         image, depth, k, pose = (
             torch.stack(images),
             torch.stack(depths),
             torch.stack(intrinsics),
-            torch.stack([self._poses[n] for n in numbers]),
+            torch.stack([self.poses[n] for n in numbers]),
         )
         points = colors = None
         if config.points:
@@ -365,17 +369,31 @@ class TransformsDataset(SceneDataset):
             wanted = None if config.width is None else (config.width, config.height)
             image, stored = read_image(self.frames[number], wanted)
             images.append(image)
-            k = _transforms_intrinsics({**self._table, **self._entries[number]}, stored, str(self._path))
+            k, pose = self.camera(number, stored)
             intrinsics.append(fitted_intrinsics(k, stored, wanted or stored))
-            pose = np.array(self._entries[number]["transform_matrix"], dtype=np.float64)
-            if not np.isfinite(pose).all():
-                raise DataError(f"{self._path}: transform_matrix of {self.frames[number].name} is not finite")
-            pose[:3, 1:3] *= -1  # OpenGL's y up and z backward become OpenCV's y down and z forward
-            poses.append(invert_pose(rigid(pose, f"{self._path} {self.frames[number].name}")))
+            poses.append(pose)
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise DataError(f"{self._path}: images differ in size ({sorted(shapes)}); give width and height to bring them to one")
         return SceneSample(torch.stack(images), torch.stack(intrinsics), torch.stack(poses), index=row, source=str(self._path))
+
+    def camera(self, number: int, stored: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return intrinsics ``[3, 3]`` and ``world_to_cam [4, 4]`` of image ``number``, which has ``stored`` width and height.
+
+        Raises:
+            DataError: they are not known, or not finite.
+        """
+        k = _transforms_intrinsics({**self._table, **self._entries[number]}, stored, str(self._path))
+        pose = np.array(self._entries[number]["transform_matrix"], dtype=np.float64)
+        if not np.isfinite(pose).all():
+            raise DataError(f"{self._path}: transform_matrix of {self.frames[number].name} is not finite")
+        pose[:3, 1:3] *= -1  # OpenGL's y up and z backward become OpenCV's y down and z forward
+        return k, invert_pose(rigid(pose, f"{self._path} {self.frames[number].name}"))
+
+    def depth_file(self, number: int) -> Path | None:
+        """Return the depth image of image ``number`` (nerfstudio's ``depth_file_path``), None without."""
+        name = self._entries[number].get("depth_file_path")
+        return None if name is None else self._path.parent / str(name)
 
 
 def _is_matrix(value: Any) -> bool:
