@@ -135,7 +135,7 @@ def predict_images(module: Dense, config: EvaluateDenseConfig) -> int:
 def score(name: str, module: Dense, config: EvaluateDenseConfig) -> int:
     """Score ``module`` on the test part of ``config.data``."""
     test = config.data.build("test")
-    check_images(test, module.config)
+    check_images(test, module.config, training=False)
     scores = evaluate_dense(module, test)
     show(f"{module.config.name} on the test part of {config.data.name}, {len(test)} samples", scores)
     out = config.out or (Path(name) if Path(name).is_dir() else Path()) / f"evaluation_{module.config.name}_{config.data.name}.json"

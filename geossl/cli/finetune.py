@@ -186,11 +186,11 @@ def check_labels(dataset: Any, task: Any) -> None:
         raise ConfigError(f"data: {missing} of the {len(dataset)} samples of {dataset.config.name} have no class{hint}")
 
 
-def check_images(dataset: Any, task: Any) -> None:
-    """Check that the samples of ``dataset`` are images with the truth that ``task`` predicts, of a size it can be trained on."""
+def check_images(dataset: Any, task: Any, *, training: bool = True) -> None:
+    """Check that the samples of ``dataset`` are images with the truth that ``task`` predicts, in ``training`` of a size that it takes."""
     if not gives_images(dataset):
         raise ConfigError(f"data: {dataset.config.name} gives point clouds, but task {task.name} needs images; choose room_pairs")
-    batch = collate([dataset.get(0, None)])
+    batch = collate([dataset.get(0, np.random.default_rng(0) if training else None)])
     if isinstance(task, PAIR_TASKS) and batch.reference is None:
         raise ConfigError(f"data: {dataset.config.name} gives single images, but task {task.name} needs pairs; set data.views to 2")
     if isinstance(task, RelativePoseConfig):
@@ -204,7 +204,7 @@ def check_images(dataset: Any, task: Any) -> None:
     except DataError as error:
         raise ConfigError(f"data: {error}") from error
     height, width = batch.image.shape[2:]
-    if task.head == "dpt" and (height % STEP or width % STEP):
+    if training and task.head == "dpt" and (height % STEP or width % STEP):
         raise ConfigError(f"data: images are {height} x {width}, but head dpt needs multiples of {STEP}; choose another data.crop")
 
 

@@ -134,7 +134,7 @@ class PosePairsDataset:
         if rng is not None:
             image, reference = jitter_pair(image, reference, rng, self.config.augment)  # type: ignore[assignment]
         # In float64: positions in the world may be much larger than the motion.
-        one, other = (sequence.world_to_cam(frame).double() for frame in (first, second))
+        one, other = (sequence.poses[frame].double() for frame in (first, second))
         motion = (other @ invert_pose(one)).to(torch.float32)
         return ImageSample(normalize_images(image), row, normalize_images(reference), motion=motion)
 

@@ -153,10 +153,6 @@ class RGBDFolderDataset(SceneDataset):
         self._first = list(range(0, len(self.frames) - span + 1, stride))
         super().__init__(config, len(self._first))
 
-    def world_to_cam(self, frame: int) -> Tensor:
-        """Return the pose of a frame, ``[4, 4]`` float32."""
-        return self._poses[frame]
-
     def files(self, frame: int) -> tuple[Path, Path]:
         """Return the files with colour and depth of a frame."""
         root, name = self.config.root, self.frames[frame]  # type: ignore[attr-defined]
