@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import logging
+import math
 import os
 import shutil
 import signal
