@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from geossl.errors import CheckpointError, ConfigError
-from geossl.methods import REFERENCES, load_reference
+from geossl.methods import REFERENCES, CroCo, load_reference
 from geossl.methods.reference import find_system
 from geossl.models import save_backbone
 from geossl.tasks import TASKS, PartSegmentationConfig, save_task
@@ -20,8 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="geossl convert",
         description="Read an official checkpoint, without executing anything it contains, and write its encoder as "
-        "model.safetensors and config.json, which geossl.load and every geossl program read; of a fine-tuned model also the whole of it as "
-        "task.safetensors and task.json, for geossl.tasks.load_task and `geossl evaluate task`.",
+        "model.safetensors and config.json, which geossl.load and every geossl program read; of CroCo also its decoder, of a "
+        "fine-tuned model also the whole of it as task.safetensors and task.json, for geossl.tasks.load_task and `geossl evaluate task`.",
     )
     parser.add_argument("source", type=Path, metavar="IN", help="the official file (.pth, .pt, .safetensors)")
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write; made if missing")
@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     count = sum(p.numel() for p in backbone.parameters())
     print(f"{args.source}: {type(model).__name__} of system {system}; its encoder ({count / 1e6:.1f} M parameters) is in {args.folder}")
     print(f"use it:  geossl.load({str(args.folder)!r})")
+    if isinstance(model, CroCo):
+        model.save_beside(args.folder)
+        print(f"with its decoder:  geossl.models.load_pair_backbone({str(args.folder)!r})")
     task: Any = model.config
     if task.name in TASKS.names():
         count = len(task.part_counts) if isinstance(task, PartSegmentationConfig) else task.classes

@@ -119,7 +119,7 @@ def check_width(dim: int, heads: int, position: str, prefix: str) -> None:
 # Positions
 
 
-def grid_positions(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def grid_positions(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """Row and column of every cell of a grid, row by row, ``[height * width, 2]`` int64."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     return torch.stack([rows.repeat_interleave(width), columns.repeat(height)], 1)

@@ -105,6 +105,16 @@ def test_steps_with_a_teacher(tmp_path):
     assert inside["flop"] > stored["flop"]
 
 
+def test_steps_of_pairs_of_images(tmp_path):
+    rows = run(tmp_path, "steps", "--quick", "--method", "croco", "--rows", "croco/*float32")
+    check(rows, "steps")
+    by_name = {row["name"]: row for row in rows}
+    for variant in ("rope", "cosine"):
+        step, layers = (by_name[f"croco/{variant}/{part}/float32"] for part in ("step", "linear layers"))
+        assert [peer["name"] for peer in step["peers"]] == ["plain torch"]
+        assert 0.7 * step["flop"] < layers["flop"] <= step["flop"]  # attention is the rest
+
+
 def test_steps(tmp_path, capsys):
     rows = run(tmp_path, "steps", "--quick", "--method", "point_mae")
     check(rows, "steps")

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geossl.errors import UnknownNameError
-from geossl.layers import Attention, BatchwideNorm, Block, BlockStack, Segments, scaled_dot_product
+from geossl.layers import Attention, BatchwideNorm, Block, BlockStack, CrossAttention, CrossBlock, Segments, scaled_dot_product
 from geossl.layers.attention import packed_attention, padded_attention
+from geossl.layers.block import Kept
 from geossl.layers.sampling import BatchRandom
+from geossl.ops import rope_2d_table
 
 
 @settings(max_examples=20, deadline=None)
@@ -210,3 +212,56 @@ def test_drop_path_takes_a_rate_for_every_block():
 def test_segments_count_the_chosen_rows_of_each_sample():
     assert Segments((2, 0, 3)).count(torch.tensor([True, False, True, True, False])) == Segments((1, 0, 2))
     assert Segments(()).count(torch.zeros(0, dtype=torch.bool)) == Segments(())
+
+
+def test_rotations_are_those_of_each_row_and_some_rows_agree_with_all():
+    """A table of one grid serves every sample; a table with a row for each token gives the same."""
+    torch.manual_seed(0)
+    block = Block(16, 2, qkv_bias=True)
+    segments, table = Segments((6, 6)), rope_2d_table(torch.tensor([[i // 3, i % 3] for i in range(6)]), 8)
+    x = torch.randn(12, 16)
+    whole = block(x, segments, rope=table)
+    torch.testing.assert_close(block(x, segments, rope=table.repeat(2, 1, 1)), whole)
+    assert not torch.allclose(block(x, segments), whole, atol=1e-4)
+    rows = torch.tensor([1, 4, 5, 6, 11])
+    torch.testing.assert_close(block(x, segments, rows, Segments((3, 2)), rope=table), whole[rows])
+    kept = torch.arange(12)
+    keep = tuple(Kept(kept, segments, 1.0) for _ in range(2))
+    torch.testing.assert_close(block(x, segments, keep=keep, rope=table), whole)
+
+
+def test_attention_with_rotations_sees_differences_of_positions_alone():
+    torch.manual_seed(0)
+    attention = Attention(16, 2, qkv_bias=True)
+    position, x = torch.tensor([[0, 0], [0, 2], [3, 1], [2, 2]]), torch.randn(4, 16)
+    here, there = (rope_2d_table(position + shift, 8) for shift in (torch.tensor([0, 0]), torch.tensor([5, 9])))
+    torch.testing.assert_close(attention(x, Segments((4,)), rope=here), attention(x, Segments((4,)), rope=there), rtol=1e-4, atol=1e-5)
+
+
+def test_cross_attention_is_softmax_over_the_memory_of_the_same_sample():
+    torch.manual_seed(0)
+    attention = CrossAttention(8, 2, qkv_bias=True)
+    x, memory = torch.randn(5, 8), torch.randn(7, 8)
+    found = attention(x, memory, Segments((2, 3)), Segments((4, 3)))
+    for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7))):
+        q = attention.q(x[rows]).view(-1, 2, 4).transpose(0, 1)
+        k, v = attention.kv(memory[columns]).view(-1, 2, 2, 4).unbind(1)
+        weights = (q @ k.permute(1, 2, 0) / 2).softmax(-1)
+        expected = attention.proj((weights @ v.transpose(0, 1)).transpose(0, 1).flatten(1))
+        torch.testing.assert_close(found[rows], expected)
+    with pytest.raises(ValueError, match="dim must be a multiple of heads, got dim=8, heads=3"):
+        CrossAttention(8, 3)
+
+
+def test_a_cross_block_leaves_its_memory_and_can_give_some_rows():
+    torch.manual_seed(0)
+    block = CrossBlock(16, 2)
+    table = rope_2d_table(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), 8)
+    segments, x, memory = Segments((4, 4)), torch.randn(8, 16), torch.randn(8, 16)
+    before = memory.clone()
+    whole = block(x, memory, segments, segments, rope=table, memory_rope=table)
+    assert torch.equal(memory, before)
+    rows = torch.tensor([0, 3, 6])
+    some = block(x, memory, segments, segments, rows, Segments((2, 1)), table, table)
+    torch.testing.assert_close(some, whole[rows])
+    assert not torch.allclose(block(x, memory.flip(0), segments, segments, rope=table, memory_rope=table), whole, atol=1e-4)

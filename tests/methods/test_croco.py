@@ -122,6 +122,7 @@ def test_bfloat16_and_gradient_checkpointing_agree_with_float32():
     assert table.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["rope", "cosine"])
 def test_compiles_without_a_break(position):
     method, batch = tiny(position), pairs()
@@ -208,22 +209,21 @@ def test_settings_that_make_no_method_are_refused():
         tiny(decoder=dataclasses.replace(DECODER, dim=20))
 
 
-@pytest.mark.slow
 def test_it_learns_to_look_at_the_second_image():
     """Images of noise that the reference shows shifted by one patch: after some steps the true second view helps, another's does not."""
     torch.manual_seed(0)
-    backbone = geossl.create_backbone("croco_vit_tiny", image_size=(16, 16), patch=4, dim=48, depth=1, heads=2)
-    config = dataclasses.replace(METHODS.config("croco"), mask_ratio=0.75, decoder=CroCoDecoderConfig(dim=48, depth=2, heads=2))
+    backbone = geossl.create_backbone("croco_vit_tiny", image_size=(16, 16), patch=4, dim=32, depth=1, heads=2)
+    config = dataclasses.replace(METHODS.config("croco"), mask_ratio=0.75, decoder=CroCoDecoderConfig(dim=32, depth=1, heads=2))
     method = config.build(backbone)
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
 
     def batch(seed: int) -> ImageBatch:
-        wide = torch.randn(32, 1, 4, 5, generator=seeded(seed)).repeat(1, 3, 1, 1)
+        wide = torch.randn(16, 1, 4, 5, generator=seeded(seed)).repeat(1, 3, 1, 1)
         ramp = torch.linspace(-1, 1, 4).expand(4, 4)
         patterns = wide.repeat_interleave(4, 2).repeat_interleave(4, 3).sign() * ramp.repeat(4, 5)
         return ImageBatch(patterns[..., :16].contiguous(), patterns[..., 4:].contiguous())
 
-    for step in range(100):
+    for step in range(80):
         optimizer.zero_grad()
         method(batch(step), generator=seeded(step)).loss.backward()
         optimizer.step()
@@ -231,4 +231,4 @@ def test_it_learns_to_look_at_the_second_image():
     with torch.no_grad():
         true = method(unseen, generator=seeded()).loss
         shuffled = method(ImageBatch(unseen.image, unseen.reference.roll(1, 0)), generator=seeded()).loss
-    assert true < 0.8 * shuffled, (float(true), float(shuffled))
+    assert true < 0.5 * shuffled, (float(true), float(shuffled))
