@@ -106,7 +106,7 @@ def spring(root: Path) -> None:
     for scene in ("0001", "0041"):
         for frame in ("0001", "0002"):
             for side in ("left", "right"):
-                picture(root / "train" / scene / f"frame_{side}" / f"frame_{side}_{frame}.png", int(scene) + int(frame))
+                picture(root / "train" / scene / f"frame_{side}" / f"frame_{side}_{frame}.png", int(frame) if side == "left" else 100)
             disparity(root / "train" / scene / "disp1_left" / f"disp1_left_{frame}.dsp5")
         optical_flow(root / "train" / scene / "flow_FW_left" / "flow_FW_left_0001.flo5")
 
