@@ -3,6 +3,7 @@
     evaluate.py MODEL [CONFIG.yaml] [--data.name objects] [--layers 3 5] [--per-class] [--out scores.json]
     evaluate.py svm MODEL [CONFIG.yaml] ...      short for --probes svm svm_cv svm_published; also knn, linear
     evaluate.py task MODEL [CONFIG.yaml] ...     score a fine-tuned model instead, see ``geossl.cli.evaluate_task``
+    evaluate.py dense MODEL ...                  predict or score disparity, flow, depth or normals, see ``geossl.cli.evaluate_dense``
 
 MODEL is a run folder, an export folder, a hub id, an official checkpoint file or the registered name of a backbone (then with random
 weights). Without flags for the data, a run folder is probed on the data set it was trained on. On particle events, tokens are probed for
@@ -96,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         from geossl.cli import evaluate_task
 
         return evaluate_task.main(args)
+    if name == "dense" and not Path(name).exists():
+        from geossl.cli import evaluate_dense
+
+        return evaluate_dense.main(args)
     if name in PROBE_FAMILIES and not Path(name).exists():
         family = PROBE_FAMILIES[name]
         if any(flag.partition("=")[0] == "--probes" for flag in args):
@@ -233,15 +238,18 @@ def _channels(data: Any) -> int:
     return EventDataset.channels if isinstance(data, EventDataConfig) else 3 * len(COLUMN_NAMES[data.columns])
 
 
-def data_of_run(model: Path) -> list[str]:
-    """Return the data flags of the run that made ``model`` (a run folder or its export), or none."""
+def data_of_run(model: Path, *, whole: bool = False) -> list[str]:
+    """Return the data flags of the run that made ``model`` (a run folder or its export), or none.
+
+    With ``whole`` all settings are kept, also those that a probe is to choose for itself.
+    """
     for path in (model / "config.yaml", model.parent / "config.yaml"):
         if path.is_file() and (model / "export").is_dir() | (model.name == "export"):
             section = read_yaml(path).get("data")
             if not isinstance(section, dict) or section.get("name") not in DATASETS.names():
                 return []
             known = {f.name for f in fields(DATASETS.config(section["name"]))}
-            kept = [(key, section[key]) for key in _RUN_DATA_KEYS if key in section and key in known]
+            kept = [(key, section[key]) for key in (section if whole else _RUN_DATA_KEYS) if key in section and key in known]
             return [text for key, value in kept if value is not None for text in _flag(key, value)]
     return []
 

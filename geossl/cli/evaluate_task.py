@@ -23,7 +23,7 @@ from geossl.data.files import write_json
 from geossl.errors import CheckpointError, ConfigError
 from geossl.evaluation import evaluate_by_voting
 from geossl.methods.reference import find_system, load_reference
-from geossl.tasks import load_task
+from geossl.tasks import Dense, load_task
 
 
 @dataclass(kw_only=True)
@@ -84,11 +84,18 @@ def main(argv: list[str]) -> int:
 def load_model(name: str, config: EvaluateTaskConfig) -> Any:
     """Load a fine-tuned model from a run folder or an official file."""
     if not Path(name).is_file():
-        return load_task(name)
+        return checked_kind(name, load_task(name))
     system = config.system or find_system(name)
     model = load_reference(system, name, read_published_config(config.published_config))
     if not type(model).__module__.startswith("geossl.tasks."):
         raise CheckpointError(f"{name}: is a pretraining file of {system}, not of a fine-tuned model; probe it with geossl evaluate MODEL")
+    return checked_kind(name, model)
+
+
+def checked_kind(name: str, model: Any) -> Any:
+    """Return ``model``, if it predicts classes."""
+    if isinstance(model, Dense):
+        raise CheckpointError(f"{name}: is a model of task {model.config.name}, which has no classes; use geossl evaluate dense MODEL")
     return model
 
 

@@ -21,17 +21,37 @@ from torch import nn
 
 from geossl.cli.few_shot import FewShotConfig, run_few_shot
 from geossl.cli.scores import BEST_SCORE, score_task
-from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, read_weights, set_up_messages, tell_changes
+from geossl.cli.training import (
+    batches,
+    check_columns,
+    exit_code,
+    export_backbone,
+    gives_images,
+    log,
+    read_weights,
+    set_up_messages,
+    tell_changes,
+)
 from geossl.config import load_config, registry_field, require, split_arguments, to_yaml
-from geossl.data import DATASETS, Subset, random_subset
+from geossl.data import DATASETS, Subset, collate, random_subset
 from geossl.engine import Hooks, OptimConfig, Result, TrainConfig, World, seed_everything, start_world, stop_world, train
-from geossl.errors import ConfigError
+from geossl.errors import ConfigError, DataError
 from geossl.evaluation import evaluate_segmentation, save_segmentation_data
+from geossl.evaluation.dense import check_truth
+from geossl.evaluation.dense_pictures import save_dense_data
 from geossl.evaluation.token_probe import has_point_labels
-from geossl.models import BACKBONES
+from geossl.layers.dpt import STEP
+from geossl.models import BACKBONES, CroCoPair, load_pair_backbone
 from geossl.models.checkpoints import load_state
-from geossl.tasks import TASKS, PartSegmentationConfig, SegmentationConfig, save_task
+from geossl.models.croco_files import save_decoder
+from geossl.tasks import TASKS, DenseConfig, PartSegmentationConfig, RelativePoseConfig, SegmentationConfig, save_task
+from geossl.tasks.dense import PairDenseConfig
 from geossl.tasks.segmentation import class_weights_of
+
+PAIR_TASKS = (PairDenseConfig, RelativePoseConfig)
+"""Tasks on pairs of images: they take encoder and decoder."""
+IMAGE_TASKS = (DenseConfig, RelativePoseConfig)
+"""Tasks on images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +119,19 @@ def train_task(config: FinetuneConfig, world: World, dataset: Any, test: Any) ->
     check_batch(config, world)
     loader = batches(dataset, config.train, world)
     seed_everything(config.train.seed)
-    backbone = build_backbone(config)
-    check_columns(dataset, backbone.config)
-    module = config.task.build(backbone)
+    body = build_pair(config) if isinstance(config.task, PAIR_TASKS) else build_backbone(config)
+    if isinstance(body, CroCoPair):
+        config = dataclasses.replace(config, task=dataclasses.replace(config.task, decoder=body.decoder.config))
+    check_columns(dataset, (body.backbone if isinstance(body, CroCoPair) else body).config)
+    module = config.task.build(body)
 
     def export(module: nn.Module, folder: Path) -> None:
-        export_backbone(module, folder, model_card(config, dataset.classes), lambda place: save_task(module, dataset.classes, place))
+        def save_beside(place: Path) -> None:
+            save_task(module, dataset.classes, place)
+            if isinstance(pair := getattr(module, "body", None), CroCoPair):
+                save_decoder(pair.decoder, place)
+
+        export_backbone(module, folder, model_card(config, dataset.classes), save_beside)
 
     def report(module: nn.Module, folder: Path) -> None:
         from geossl.vis import write_report
@@ -112,6 +139,8 @@ def train_task(config: FinetuneConfig, world: World, dataset: Any, test: Any) ->
         if isinstance(config.task, SegmentationConfig):
             found = evaluate_segmentation(module, test, batch_size=config.train.batch_size)
             save_segmentation_data(folder, module, test, found, seed=config.train.seed)
+        elif isinstance(config.task, DenseConfig):
+            save_dense_data(folder, module, test)
         log.info("report: %s", write_report(folder))
 
     hooks = Hooks(
@@ -138,7 +167,12 @@ def labelled_part(config: FinetuneConfig) -> Any:
 
 
 def check_labels(dataset: Any, task: Any) -> None:
-    """Check that every training sample has a class, or its points have, as ``task`` needs."""
+    """Check that every training sample has a class, or its points have, or its pixels what is to be predicted, as ``task`` needs."""
+    if isinstance(task, IMAGE_TASKS):
+        check_images(dataset, task)
+        return
+    if gives_images(dataset):
+        raise ConfigError(f"data: {dataset.config.name} gives images without classes, but task {task.name} needs clouds with classes")
     if isinstance(task, (SegmentationConfig, PartSegmentationConfig)):
         if not has_point_labels(dataset):
             hint = "lartpc" if isinstance(task, SegmentationConfig) else "shapenet_part"
@@ -152,10 +186,32 @@ def check_labels(dataset: Any, task: Any) -> None:
         raise ConfigError(f"data: {missing} of the {len(dataset)} samples of {dataset.config.name} have no class{hint}")
 
 
+def check_images(dataset: Any, task: Any, *, training: bool = True) -> None:
+    """Check that the samples of ``dataset`` are images with the truth that ``task`` predicts, in ``training`` of a size that it takes."""
+    if not gives_images(dataset):
+        raise ConfigError(f"data: {dataset.config.name} gives point clouds, but task {task.name} needs images; choose room_pairs")
+    batch = collate([dataset.get(0, np.random.default_rng(0) if training else None)])
+    if isinstance(task, PAIR_TASKS) and batch.reference is None:
+        raise ConfigError(f"data: {dataset.config.name} gives single images, but task {task.name} needs pairs; set data.views to 2")
+    if isinstance(task, RelativePoseConfig):
+        if batch.motion is None:
+            raise ConfigError(
+                f"data: {dataset.config.name} gives no motion between images; choose pose_pairs, or room_pairs with truth motion"
+            )
+        return
+    try:
+        check_truth(task.name, batch, dataset.config.name)
+    except DataError as error:
+        raise ConfigError(f"data: {error}") from error
+    height, width = batch.image.shape[2:]
+    if training and task.head == "dpt" and (height % STEP or width % STEP):
+        raise ConfigError(f"data: images are {height} x {width}, but head dpt needs multiples of {STEP}; choose another data.crop")
+
+
 def check_batch(config: FinetuneConfig, world: World) -> None:
     """Check that every forward pass has two clouds, where the task normalises something over the clouds of a batch."""
     parts = world.size * config.train.accumulate
-    if not isinstance(config.task, SegmentationConfig) and config.train.batch_size < 2 * parts:
+    if not isinstance(config.task, (SegmentationConfig, *IMAGE_TASKS)) and config.train.batch_size < 2 * parts:
         raise ConfigError(
             f"train.batch_size: task {config.task.name} normalises over the clouds of each forward pass and needs two of them, so at least "
             f"{2 * parts} with {world.size} processes and train.accumulate {config.train.accumulate}, got {config.train.batch_size}"
@@ -165,6 +221,8 @@ def check_batch(config: FinetuneConfig, world: World) -> None:
 def with_classes(task: Any, dataset: Any) -> Any:
     """Fill in the number of classes (or parts), and how a segmentation weighs them, where the task leaves that to the data."""
     name = dataset.config.name
+    if isinstance(task, IMAGE_TASKS):
+        return task
     if isinstance(task, PartSegmentationConfig):
         if task.part_counts and task.part_counts != tuple(dataset.part_counts):
             raise ConfigError(f"task.part_counts is {task.part_counts}, but data set {name} has {dataset.part_counts}; leave it empty")
@@ -208,13 +266,27 @@ def build_backbone(config: FinetuneConfig) -> Any:
     return backbone
 
 
+def build_pair(config: FinetuneConfig) -> CroCoPair | Any:
+    """Make encoder and decoder and fill them with the pretrained weights; only the encoder where the decoder starts from random ones."""
+    if config.weights is None or config.task.fresh_decoder:
+        return build_backbone(config)
+    pretrained = load_pair_backbone(config.weights)
+    pair = pretrained
+    if config.backbone is not None:
+        encoder = config.backbone.build()
+        load_state(encoder, pretrained.backbone.state_dict(), source=config.weights)
+        pair = CroCoPair(encoder, pretrained.decoder)
+    log.info("weights: all tensors of encoder and decoder are from %s; the head is new", config.weights)
+    return pair
+
+
 def model_card(config: FinetuneConfig, classes: list[str]) -> str:
     """What the exported files are, in Markdown."""
     return f"""# {config.task.name} on {config.data.name}, fine-tuned from {config.weights or "random weights"}
 
 Made with geossl.
 
-- classes: {", ".join(classes)}
-- training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
+- {f"classes: {', '.join(classes)}" if classes else f"task: {config.task.name}"}
+- training: {config.train.steps} steps of {config.train.batch_size} samples, seed {config.train.seed}; all settings are in `../config.yaml`
 - files: `model.safetensors` and `config.json` (the backbone, read by `geossl.load`), `task.safetensors` and `task.json` (backbone and head)
 """

@@ -99,8 +99,9 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     for part in range(parts):
         rows = slice(count * part // parts, count * (part + 1) // parts)
         if isinstance(batch, ImageBatch):
-            reference, truth, index = (None if values is None else values[rows] for values in (batch.reference, batch.truth, batch.index))
-            pieces.append(ImageBatch(batch.image[rows], reference, truth, index, slot[rows], size))
+            given = (batch.reference, batch.truth, batch.index, batch.motion)
+            reference, truth, index, motion = (None if values is None else values[rows] for values in given)
+            pieces.append(ImageBatch(batch.image[rows], reference, truth, index, slot[rows], size, motion))
             continue
         offsets = batch.points.offsets[rows.start : rows.stop + 1]
         begin, end = int(offsets[0]), int(offsets[-1])
@@ -117,7 +118,7 @@ def read_weights(source: str) -> Any:
     if Path(source).is_file():
         from geossl.methods.reference import find_system, load_reference
 
-        return load_reference(find_system(source), source).get_submodule("backbone")
+        return getattr(load_reference(find_system(source), source), "backbone")  # noqa: B009 - of methods and tasks, unknown to nn.Module
     if Path(source).suffix in (".pth", ".pt", ".ckpt", ".safetensors"):
         raise CheckpointError(f"{source}: no such file")
     return load(source)
@@ -142,7 +143,7 @@ def check_columns(dataset: Any, backbone: Any) -> None:
 
 def gives_images(dataset: Any) -> bool:
     """Whether the samples of a data set are images."""
-    return isinstance(dataset, PairDataset)
+    return tuple(dataset.columns) == PairDataset.columns
 
 
 def tell_changes(config: Any, run_folder: Path) -> None:

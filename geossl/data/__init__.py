@@ -29,6 +29,7 @@ from geossl.data.pair_shards import PairShardsConfig
 from geossl.data.pair_writer import PairShardOptions, check_pairs, write_pairs
 from geossl.data.pairs import PairDataConfig, PairDataset, PairsConfig
 from geossl.data.pilarnet import PILArNetConfig, PILArNetFile, write_pilarnet
+from geossl.data.pose_pairs import PosePairsConfig
 from geossl.data.readers import read_points
 from geossl.data.room_pairs import RoomPairsConfig, normals_from_depth
 from geossl.data.room_shards import RoomShardOptions, RoomShardsConfig, RoomShardsDataset, check_rooms, write_rooms
@@ -79,6 +80,7 @@ __all__ = [
     "PointCloud",
     "PointDataConfig",
     "PointDataset",
+    "PosePairsConfig",
     "RGBDFolderConfig",
     "Room",
     "RoomError",

@@ -144,7 +144,7 @@ def read_disparity(path: Path, png_scale: float = 256.0) -> Tensor:
     elif suffix == ".dsp5":
         values = _at_image_size(read_h5(path, ["disparity"])["disparity"], path)
     elif suffix == ".npy":
-        values = _read_npy(path)
+        values = read_npy(path)
     else:
         raise DataError(f"{path}: disparity is read from .pfm, .png, .dsp5 and .npy, not {suffix!r}")
     if values.ndim == 3 and suffix == ".pfm":
@@ -182,7 +182,7 @@ def read_flow(path: Path) -> Tensor:
     elif suffix == ".flo5":
         values = _at_image_size(read_h5(path, ["flow"])["flow"], path)
     elif suffix == ".npy":
-        values = _read_npy(path)
+        values = read_npy(path)
     else:
         raise DataError(f"{path}: flow is read from .flo, .pfm, .png, .flo5 and .npy, not {suffix!r}")
     if values.ndim != 3 or values.shape[2] < 2:
@@ -199,7 +199,8 @@ def _at_image_size(values: np.ndarray, path: Path) -> np.ndarray:
     return values[::2, ::2]
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def read_npy(path: Path) -> np.ndarray:
+    """Read an array of numbers; errors as for :func:`read_pfm`."""
     try:
         return np.load(existing(path), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

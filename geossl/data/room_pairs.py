@@ -24,12 +24,12 @@ from geossl.data.rooms import TEST_ROOM, one_thread, rooms_version
 from geossl.data.sample import ImageSample
 from geossl.data.simulate import KINDS, Room, View, ViewOptions, build_room, sample_pair, sample_view
 from geossl.errors import DataError
-from geossl.geometry import Cameras, back_project, normalize_images
+from geossl.geometry import Cameras, back_project, invert_pose, normalize_images
 
 log = logging.getLogger("geossl")
 
-Truth = Literal["none", "depth", "normals", "flow", "disparity"]
-TRUTH_CHANNELS: dict[Truth, int] = {"none": 0, "depth": 1, "normals": 3, "flow": 2, "disparity": 1}
+Truth = Literal["none", "depth", "normals", "flow", "disparity", "motion"]
+TRUTH_CHANNELS: dict[Truth, int] = {"none": 0, "depth": 1, "normals": 3, "flow": 2, "disparity": 1, "motion": 0}
 
 _PAIR = 1000  # what a room's generator is for: pair n takes _PAIR + n, far from the uses in rooms.py and room_shards.py
 
@@ -40,8 +40,9 @@ class RoomPairsConfig(PairDataConfig):
 
     The truth is that of ``image``: ``depth`` in metres along the optical axis, ``normals`` of unit length in the camera's frame (x right, y
     down, z away; towards the camera), ``flow`` in pixels to the same place in ``reference`` (x, y), ``disparity`` in pixels, where
-    ``reference`` was taken ``baseline`` metres to the right: x in it is x - disparity. It is infinite where not known: where surfaces
-    mix in a pixel and, of flow, where ``reference`` does not show the place.
+    ``reference`` was taken ``baseline`` metres to the right: x in it is x - disparity. ``motion`` is no image but the motion between the
+    two cameras; take windows as large as the pictures (``crop`` = ``size``), whose middle is the optical axis. Truth is infinite where
+    not known: where surfaces mix in a pixel and, of flow, where ``reference`` does not show the place.
 
     Without truth the two windows of a training sample are drawn apart, as for all pairs; with truth both are the same window, so that the
     truth stays what it is.
@@ -147,16 +148,17 @@ class RoomPairsDataset(PairDataset):
 
     def truth(self, row: int) -> Tensor | None:
         """Return the truth of the whole first picture, ``[C, size, size]`` float32, infinite where unknown; None with truth=none."""
-        return None if self.config.truth == "none" else torch.from_numpy(self._pair(row)["truth"])
+        return None if not TRUTH_CHANNELS[self.config.truth] else torch.from_numpy(self._pair(row)["truth"])
 
     def room(self, row: int) -> Room:
         """Build the room of pair ``row``."""
         return build_room(self.config.seed, self._first + row // self.config.pairs_per_room, kind=self.config.kind)
 
     def _sample(self, row: int, rng: np.random.Generator | None) -> ImageSample:
-        config, truth = self.config, self.truth(row)
-        if truth is None:
+        config = self.config
+        if config.truth == "none":
             return super()._sample(row, rng)
+        truth, motion = self.truth(row), torch.from_numpy(self._pair(row)["motion"]) if config.truth == "motion" else None
         size = config.crop, config.crop
         corner = crop_corner((config.size, config.size), size, rng, self.source(row))
         first, second = (crop(image, corner, size).float() / 255 for image in self.read(row))
@@ -164,7 +166,8 @@ class RoomPairsDataset(PairDataset):
         if rng is not None:
             first, reference = jitter_pair(first, reference, rng, config.augment)
         reference = None if reference is None else normalize_images(reference)
-        return ImageSample(normalize_images(first), row, reference, crop(truth, corner, size).clone())
+        truth = None if truth is None else crop(truth, corner, size).clone()
+        return ImageSample(normalize_images(first), row, reference, truth, motion)
 
     def _pair(self, row: int) -> dict[str, np.ndarray]:
         """Return ``images [views, 3, size, size]`` uint8 and ``truth [C, size, size]`` of one pair."""
@@ -213,15 +216,19 @@ def render_pairs(room: Room, config: RoomPairsConfig) -> dict[str, np.ndarray]:
     """Render all pairs of a room.
 
     Returns:
-        ``images [pairs, views, 3, size, size]`` uint8 and, unless ``config.truth`` is ``none``, ``truth [pairs, C, size, size]`` float32.
+        ``images [pairs, views, 3, size, size]`` uint8 and, unless ``config.truth`` is ``none``, ``truth [pairs, C, size, size]`` float32,
+        or ``motion [pairs, 4, 4]`` float32.
     """
-    images, truths = [], []
+    images, truths, motions = [], [], []
     for number in range(config.pairs_per_room):
         views, truth = _render_pair(room, room.rng(_PAIR + number), config)
         images.append(torch.stack([(view.rgb.permute(2, 0, 1) * 255).round().byte() for view in views]))
         truths.append(truth)
+        motions.append(views[-1].camera.world_to_cam @ invert_pose(views[0].camera.world_to_cam))
     arrays = {"images": torch.stack(images).numpy()}
-    if config.truth != "none":
+    if config.truth == "motion":
+        arrays["motion"] = torch.stack(motions).numpy()
+    elif config.truth != "none":
         arrays["truth"] = torch.stack([truth for truth in truths if truth is not None]).numpy()
     return arrays
 

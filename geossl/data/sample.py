@@ -97,12 +97,14 @@ class ImageSample:
         index: Row in the data set.
         reference: Second image of the pair, as large; None for a single image.
         truth: ``[C, H, W]`` float32, what is to be predicted, not finite where unknown; None without.
+        motion: ``[4, 4]`` float32, takes points from the camera frame of ``image`` to that of ``reference``; None where unknown.
     """
 
     image: torch.Tensor
     index: int
     reference: torch.Tensor | None = None
     truth: torch.Tensor | None = None
+    motion: torch.Tensor | None = None
 
 
 def collate(samples: Sequence[Any]) -> Any:
@@ -124,12 +126,10 @@ def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
     sizes = {tuple(sample.image.shape) for sample in samples}
     if len(sizes) > 1:
         raise DataError(f"collate: the images of a batch must have equal sizes, got {sorted(sizes)}")
-    reference, truth = (
-        None if any(part is None for part in parts) else torch.stack(parts)  # type: ignore[arg-type]
-        for parts in ([sample.reference for sample in samples], [sample.truth for sample in samples])
-    )
+    found = [[getattr(sample, name) for sample in samples] for name in ("reference", "truth", "motion")]
+    reference, truth, motion = (None if any(part is None for part in parts) else torch.stack(parts) for parts in found)
     index = torch.tensor([sample.index for sample in samples], dtype=torch.int64)
-    return ImageBatch(torch.stack([sample.image for sample in samples]), reference, truth, index)
+    return ImageBatch(torch.stack([sample.image for sample in samples]), reference, truth, index, motion=motion)
 
 
 def collate_points(samples: Sequence[Sample]) -> PointBatch:

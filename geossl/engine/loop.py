@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ class Hooks:
     probe_every: int = 0
     """Steps between two probes; 0 never probes."""
     best: str = ""
-    """Score whose highest value decides which checkpoint is the best; empty keeps none."""
+    """Score whose highest value decides which checkpoint is the best; with a minus before it (``-EPE``), the lowest; empty keeps none."""
     export: Callable[[nn.Module, Path], Any] | None = None
     """Writes the trained module into a folder, at the end."""
     report: Callable[[nn.Module, Path], Any] | None = None
@@ -387,10 +388,11 @@ class Trainer:
         if self.log is not None and self.scores:
             self.log.row(self.step, {f"probe/{name}": value for name, value in self.scores.items()})
             log.info("step %d: probe %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in self.scores.items()))
-        value = self.scores.get(best)
-        if value is None or (self.best is not None and value <= self.best["value"]):
+        sign, name = (-1, best[1:]) if best.startswith("-") else (1, best)
+        value = self.scores.get(name)
+        if value is None or math.isnan(value) or (self.best is not None and sign * value <= sign * self.best["value"]):
             return False
-        self.best = {"step": self.step, "name": best, "value": value}
+        self.best = {"step": self.step, "name": name, "value": value}
         return True
 
     def _finish(self) -> None:

@@ -7,6 +7,7 @@ a training).
 
 from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_twin
 from geossl.evaluation.classification import VotingScores, evaluate_by_voting, evaluate_classification
+from geossl.evaluation.dense import DenseMeter, evaluate_dense
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
@@ -18,11 +19,13 @@ from geossl.evaluation.report_data import save_report_data, save_segmentation_da
 from geossl.evaluation.segmentation import SegmentationMeter, SegmentationScores, evaluate_segmentation
 from geossl.evaluation.summary import summarise
 from geossl.evaluation.token_probe import TOKEN_BASELINES, TokenProbeProtocol, TokenProber, TokenProbeScore
+from geossl.evaluation.trajectory import TrajectoryScores, absolute_trajectory_error, evaluate_poses, pose_errors
 
 __all__ = [
     "BASELINES",
     "PROBES",
     "TOKEN_BASELINES",
+    "DenseMeter",
     "ExtractedFeatures",
     "Features",
     "InstanceScore",
@@ -35,15 +38,20 @@ __all__ = [
     "TokenProbeProtocol",
     "TokenProbeScore",
     "TokenProber",
+    "TrajectoryScores",
     "VotingScores",
+    "absolute_trajectory_error",
     "calibrate_batchnorm",
     "embed",
     "evaluate_by_voting",
     "evaluate_classification",
+    "evaluate_dense",
     "evaluate_part_segmentation",
+    "evaluate_poses",
     "evaluate_segmentation",
     "extract_features",
     "pool_tokens",
+    "pose_errors",
     "probe",
     "quick_probe",
     "random_twin",

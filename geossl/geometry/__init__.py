@@ -27,7 +27,14 @@ from geossl.geometry.cameras import (
 )
 from geossl.geometry.containers import Batch, Gaussians, ImageBatch, Output, PackedPoints, PointBatch, SparseVoxelTokens, Tokens
 from geossl.geometry.images import IMAGE_MEAN, IMAGE_STD, denormalize_images, normalize_images
-from geossl.geometry.rotations import euler_to_matrix, matrix_to_quaternion, quaternion_to_matrix, rotate_each, rotation_about_z
+from geossl.geometry.rotations import (
+    euler_to_matrix,
+    matrix_to_quaternion,
+    quaternion_to_matrix,
+    rotate_each,
+    rotation_about_z,
+    rotation_from_columns,
+)
 from geossl.geometry.spherical_harmonics import SH_C0, sh_basis, spherical_harmonics
 
 __all__ = [
@@ -62,6 +69,7 @@ __all__ = [
     "rotate",
     "rotate_each",
     "rotation_about_z",
+    "rotation_from_columns",
     "sh_basis",
     "spherical_harmonics",
     "transform_points",

@@ -307,6 +307,8 @@ class ImageBatch(_Movable):
         index: Row of each image or pair in its data set, ``[B]`` int64, or None.
         slot: See :class:`PointBatch`.
         global_size: See :class:`PointBatch`.
+        motion: How the camera of ``reference`` stands to that of ``image``, ``[B, 4, 4]`` float32 rigid: it takes points from the camera
+            frame of ``image`` to that of ``reference``. None where unknown.
     """
 
     image: Tensor
@@ -315,6 +317,7 @@ class ImageBatch(_Movable):
     index: Tensor | None = None
     slot: Tensor | None = None
     global_size: int | None = None
+    motion: Tensor | None = None
 
     _stays_on_host: ClassVar[tuple[str, ...]] = ("slot",)
 
@@ -327,6 +330,8 @@ class ImageBatch(_Movable):
         truth = None if self.truth is None else list(self.truth.shape)
         if truth is not None and (len(truth) != 4 or truth[:1] + truth[2:] != [samples, height, width]):
             raise ValueError(f"ImageBatch: truth must be [{samples}, C, {height}, {width}] like image, got {truth}")
+        if self.motion is not None and self.motion.shape != (samples, 4, 4):
+            raise ValueError(f"ImageBatch: motion must be [{samples}, 4, 4], one for each image, got {list(self.motion.shape)}")
 
     def __len__(self) -> int:
         """Number of images or pairs in this batch."""

@@ -22,6 +22,19 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
+def rotation_from_columns(columns: Tensor) -> Tensor:
+    """Return rotation matrices ``[..., 3, 3]`` whose first two columns come as near as can be to two given vectors. Differentiable.
+
+    Args:
+        columns: ``[..., 6]``: the first vector, which gives the direction of the first column, then the second, which gives the plane of
+            the second. They must not be parallel, nor 0.
+    """
+    first, second = columns.unflatten(-1, (2, 3)).unbind(-2)
+    x = torch.nn.functional.normalize(first, dim=-1)
+    y = torch.nn.functional.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
+    return torch.stack([x, y, torch.linalg.cross(x, y)], -1)
+
+
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     """Return unit quaternions ``[..., 4]`` (wxyz, w not negative) of rotation matrices ``[..., 3, 3]``.
 

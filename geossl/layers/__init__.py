@@ -1,10 +1,11 @@
-"""Shared layers: attention, the transformer block, token embeddings, position codes, masks, likeness of images.
+"""Shared layers: attention, the transformer block, token embeddings, position codes, masks, likeness of images, the DPT head.
 
 They know nothing of models or methods.
 """
 
 from geossl.layers.attention import Attention, CrossAttention, Segments, scaled_dot_product
 from geossl.layers.block import Block, BlockStack, CrossBlock, init_transformer_weights, run_block
+from geossl.layers.dpt import DPTHead
 from geossl.layers.gathered_regression import gathered_regression_loss
 from geossl.layers.image_metrics import l1, psnr, ssim
 from geossl.layers.masking import block_mask, random_mask, weighted_mask
@@ -27,6 +28,7 @@ __all__ = [
     "BlockStack",
     "CrossAttention",
     "CrossBlock",
+    "DPTHead",
     "PackedTokenEmbedding",
     "PointTokenEmbedding",
     "PositionMLP",

@@ -30,13 +30,14 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
         config: For files trained with other than the released numbers. point_mae, point_m2ae and i2p_mae: the ``model`` section of the
             published configuration, and of part segmentation files what :func:`geossl.tasks.part_segmentation.convert_part_state` knows.
             polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`. croco: arguments of the published constructor
-            (``enc_embed_dim``, ``pos_embed`` ...), where a file does not hold them.
+            (``enc_embed_dim``, ``pos_embed`` ...), where a file does not hold them, and of stereo and flow files what
+            :func:`geossl.tasks.dense.convert_reference_file` knows.
 
     Returns:
         The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`, :class:`geossl.methods.PointM2AE`,
         :class:`geossl.methods.I2PMAE`, :class:`geossl.methods.PolarMAE`, :class:`geossl.methods.CroCo`) for a pretraining file, the task
-        (:class:`geossl.tasks.Classification`, :class:`geossl.tasks.PartSegmentation`, :class:`geossl.tasks.Segmentation`) for a fine-tuned
-        one. Its ``backbone`` is the encoder.
+        (:class:`geossl.tasks.Classification`, :class:`geossl.tasks.PartSegmentation`, :class:`geossl.tasks.Segmentation`,
+        :class:`geossl.tasks.Dense`) for a fine-tuned one. Its ``backbone`` is the encoder.
 
     Raises:
         UnknownNameError: unknown ``system``.
@@ -143,7 +144,16 @@ def _polar_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
 
 
 def _croco(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
+    from geossl.tasks import dense
+
+    config = dict(config or {})
+    said = {key: config.pop(key) for key in dense.TASK_OPTIONS if key in config}
     file = read_croco_file(source, config)
+    if any(key.startswith("head.dpt.") for key in file.state):
+        (encoder, task), tuned = dense.convert_reference_file(file, said)
+        tuned_model = task.build(encoder.build())
+        load_state(tuned_model, tuned, source=file.name)
+        return tuned_model
     (encoder_config, method_config), converted = croco.convert_reference_state(file)
     model = method_config.build(encoder_config.build())
     load_state(model, converted, source=file.name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import nn
 
+from geossl.config import from_dict
 from geossl.errors import CheckpointError, ConfigError, UnknownNameError
 from geossl.models import load
 from geossl.models.checkpoints import load_state, read_safetensors
@@ -50,8 +51,7 @@ def load_task(source: str | os.PathLike[str]) -> nn.Module:
     backbone = load(folder)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in about["task"].items()}
-        module = dataclasses.replace(TASKS.config(about["task"]["name"]), **values).build(backbone)
+        module = from_dict(type(TASKS.config(about["task"]["name"])), about["task"]).build(backbone)
         module.classes = list(about["classes"])
     except (ValueError, KeyError, TypeError, ConfigError, UnknownNameError) as error:
         raise CheckpointError(f"{path} is not a task geossl wrote: {error!r}") from error

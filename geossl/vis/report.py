@@ -62,7 +62,14 @@ CURVE_TITLES = {
     "macro_f1": "F1 on the test part",
     "instance_miou": "Instance mIoU on the test part",
     "accuracy": "Accuracy on the test part",
+    "EPE": "Flow on the test part: end-point error, pixels",
+    "L1err": "Disparity on the test part: mean error, pixels",
+    "delta1": "Depth on the test part: % within a factor of 1.25",
+    "mean_angle": "Normals on the test part: mean angle, degrees",
+    "median_rotation": "Relative pose on the test part: median rotation error, degrees",
 }
+IN_UNITS = ("EPE", "L1err", "delta1", "mean_angle", "median_rotation")
+"""Those of the curves that are no shares in [0, 1]."""
 NOT_CURVES = ("step", "time", "epoch", "samples", "seconds", "wall", "eta")
 MOST_STEPS = 1500
 MOST_POINTS = 2048
@@ -175,6 +182,7 @@ def _probe_curve(probed: dict[str, list[Any]], baselines: dict[str, float]) -> d
     prefix = {"token_f1": "token_f1_", "macro_f1": "f1_"}.get(key)
     return {
         "title": CURVE_TITLES[key],
+        "share": key not in IN_UNITS,
         "step": probed["step"],
         "mean": probed[key],
         "name": "mean" if prefix else "resplits" if f"{key}_std" in probed else "test",
@@ -205,12 +213,18 @@ def _header(
         reached = [value for value in probed.get(key, []) if value is not None]
         if reached:
             tiles.append((title, _percent(reached[-1]), f"best {_percent(max(reached))}"))
+    for key in (key for key in IN_UNITS if key in probed):
+        reached = [value for value in probed[key] if value is not None]
+        if reached:
+            title, _, unit = CURVE_TITLES[key].partition(": ")
+            tiles.append((title, f"{reached[-1]:.3g}", unit))
+            break
     losses = [value for value in columns.get("loss", []) if value is not None]
     if losses:
         tiles.append(("Loss", f"{np.mean(losses[-max(1, len(losses) // 20) :]):.3g}", f"from {losses[0]:.3g}"))
     if steps:
         batch = (config.get("train") or {}).get("batch_size")
-        tiles.append(("Steps", f"{steps[-1]:,}", f"of {batch} clouds" if batch else ""))
+        tiles.append(("Steps", f"{steps[-1]:,}", f"of {batch} samples" if batch else ""))
     rates = [value for value in columns.get("samples_per_s", []) if value is not None]
     if rates:
         tiles.append(("Samples per second", f"{np.median(rates):.3g}", "median"))

@@ -37,6 +37,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_configurations_are_valid(path: Path) -> None:
     config = load_config(FinetuneConfig, path)
     parts, events = path.stem.startswith(("part_", "shapenet_part")), "polar_mae" in path.stem
+    if path.stem.startswith("croco_"):
+        kind = path.stem.split("_")[1]
+        assert config.task.name == ("relative_pose" if kind == "pose" else kind)
+        if config.backbone is not None:
+            config.task.build(config.backbone.build())
+        return
     assert config.task.name == ("part_segmentation" if parts else "segmentation" if events else "classification")
     assert bool(config.few_shot.way) is ("few_shot" in path.stem)
     if path.stem.startswith(("modelnet40", "scanobjectnn")):

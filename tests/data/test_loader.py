@@ -262,7 +262,12 @@ def test_images_are_collated_into_image_batches():
     assert collate([samples[0], replace(samples[1], truth=None)]).truth is None
     with pytest.raises(DataError, match="equal sizes"):
         collate([samples[0], ImageSample(torch.rand(3, 32, 32), 3)])
+    assert batch.motion is None
+    motions = torch.rand(3, 4, 4)
+    batch = collate([replace(sample, motion=motion) for sample, motion in zip(samples, motions, strict=True)])
+    assert torch.equal(batch.motion, motions)
     first, second = split_batch(batch, 2)
+    assert torch.equal(torch.cat([first.motion, second.motion]), motions)
     assert torch.equal(torch.cat([first.image, second.image]), batch.image)
     assert first.slot.tolist() == [0]
     assert second.slot.tolist() == [1, 2]

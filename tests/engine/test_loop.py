@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -156,6 +157,14 @@ def test_checkpoints_kept(standin: ModuleType, tmp_path: Path) -> None:
     ]
     assert json.loads((tmp_path / "checkpoints/best.json").read_text()) == {"step": 6, "name": "score", "value": 0.9}
     assert module.training
+
+
+def test_the_best_score_may_be_the_lowest_and_is_always_a_number(standin: ModuleType, tmp_path: Path) -> None:
+    scores = iter([math.nan, 0.5, 0.2, 0.9, math.nan, 0.3])
+    config = program(standin, tmp_path)
+    hooks = Hooks(probe=lambda module: {"error": next(scores)}, probe_every=2, best="-error")
+    train(standin.Autoencoder(), standin.Vectors(8), config.train, config.optim, CPU, hooks=hooks)
+    assert json.loads((tmp_path / "checkpoints/best.json").read_text()) == {"step": 6, "name": "error", "value": 0.2}
 
 
 def test_nonfinite_step_is_skipped_and_its_batch_kept(standin: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

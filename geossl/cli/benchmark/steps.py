@@ -133,9 +133,9 @@ def cases(method: str, quick: bool) -> dict[str, Callable[[], Case]]:
 
         return teacher_steps.cases(quick)
     if method == "croco":
-        from geossl.cli.benchmark import croco_steps
+        from geossl.cli.benchmark import croco_steps, croco_stereo
 
-        return croco_steps.cases(quick)
+        return croco_steps.cases(quick) | croco_stereo.cases(quick)
     published = _published(method)
     found: dict[str, Callable[[], Case]] = {}
     sizes = ("released", "quickstart") if PretrainConfig().method.name == method else ("released",)

@@ -68,7 +68,7 @@ function curvesPanel() {
   if (columns.loss) lineChart(card(DATA.curve ? "wide" : "wide-alone"), { title: "Loss", series: series("loss", "var(--accent)"), log: true, height: 260 });
   if (DATA.curve) {
     const c = DATA.curve;
-    lineChart(card("wide"), { title: c.title, height: 260, format: percent, baselines: c.baselines, series: [
+    lineChart(card("wide"), { title: c.title, height: 260, format: c.share ? percent : short, baselines: c.baselines, series: [
       { name: c.name, color: "var(--accent-2)", x: c.step, y: c.mean, band: c.std, width: 2.4, dots: true },
       ...Object.entries(c.classes).map(([name, y]) => ({ name, color: DATA.palette[Math.max(DATA.events.classes.indexOf(name), 0)], x: c.step, y, width: 1.3 })),
       ...(c.official ? [{ name: "official", color: "var(--faint)", x: c.step, y: c.official, width: 1.4, dashed: true }] : []),
