@@ -1,6 +1,7 @@
 """Evaluation of frozen representations: probes with honest baselines, and feature extraction.
 
-The everyday calls: :func:`extract_features` (features of a tensor, a file, a folder or a data set), :class:`Prober` (k-NN, linear
+The everyday calls: :func:`extract_features` (features of clouds: a tensor, a file, a folder or a data set), :func:`extract_image_features`
+and :func:`extract_scene_features` (of pictures, and of points seen in posed pictures), :class:`Prober` (k-NN, linear
 and SVM probes of an encoder on a labelled data set, baselines beside them) and :func:`quick_probe` (the cheap form for the middle of
 a training).
 """
@@ -10,6 +11,7 @@ from geossl.evaluation.classification import VotingScores, evaluate_by_voting, e
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
+from geossl.evaluation.image_features import ImageFeatures, extract_image_features, extract_scene_features
 from geossl.evaluation.instances import InstanceScore, score_instances
 from geossl.evaluation.part_segmentation import PartSegmentationScores, evaluate_part_segmentation
 from geossl.evaluation.prober import Prober, quick_probe
@@ -25,6 +27,7 @@ __all__ = [
     "TOKEN_BASELINES",
     "ExtractedFeatures",
     "Features",
+    "ImageFeatures",
     "InstanceScore",
     "PartSegmentationScores",
     "ProbeProtocol",
@@ -43,6 +46,8 @@ __all__ = [
     "evaluate_part_segmentation",
     "evaluate_segmentation",
     "extract_features",
+    "extract_image_features",
+    "extract_scene_features",
     "pool_tokens",
     "probe",
     "quick_probe",

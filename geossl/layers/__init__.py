@@ -1,4 +1,4 @@
-"""Shared layers: attention, the transformer block, token embeddings, position codes, masks, likeness of images.
+"""Shared layers: attention, the transformer block, token embeddings, position codes, masks, likeness of images, pictures and points.
 
 They know nothing of models or methods.
 """
@@ -7,6 +7,7 @@ from geossl.layers.attention import Attention, Segments, scaled_dot_product
 from geossl.layers.block import Block, BlockStack, init_transformer_weights
 from geossl.layers.gathered_regression import gathered_regression_loss
 from geossl.layers.image_metrics import l1, psnr, ssim
+from geossl.layers.lifting import LiftedFeatures, lift_features, visible_in
 from geossl.layers.masking import block_mask, random_mask, weighted_mask
 from geossl.layers.norm import BatchNorm, BatchwideNorm, share_of_rows
 from geossl.layers.packed_token_embedding import PackedTokenEmbedding
@@ -25,6 +26,7 @@ __all__ = [
     "BatchwideNorm",
     "Block",
     "BlockStack",
+    "LiftedFeatures",
     "PackedTokenEmbedding",
     "PointTokenEmbedding",
     "PositionMLP",
@@ -40,6 +42,7 @@ __all__ = [
     "gathered_regression_loss",
     "init_transformer_weights",
     "l1",
+    "lift_features",
     "project_views",
     "psnr",
     "random_mask",
@@ -47,5 +50,6 @@ __all__ = [
     "share_of_rows",
     "splat_depth",
     "ssim",
+    "visible_in",
     "weighted_mask",
 ]
