@@ -17,12 +17,15 @@ from geossl.data.events import Event, EventDataConfig, EventDataset, event_sampl
 from geossl.data.few_shot import ModelNet40FewShotConfig, draw_episode
 from geossl.data.folder import FileOptions, FolderConfig
 from geossl.data.gaussian_ply import read_gaussians, write_gaussians
+from geossl.data.image_augment import ColorJitterConfig
 from geossl.data.lartpc import LArTPCConfig, LArTPCFileOptions, write_lartpc
 from geossl.data.loader import Loader, build_loader
 from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
+from geossl.data.pairs import PairDataConfig, PairDataset, PairsConfig
 from geossl.data.pilarnet import PILArNetConfig, PILArNetFile, write_pilarnet
 from geossl.data.readers import read_points
+from geossl.data.room_pairs import RoomPairsConfig, normals_from_depth
 from geossl.data.room_shards import RoomShardOptions, RoomShardsConfig, RoomShardsDataset, check_rooms, write_rooms
 from geossl.data.rooms import RoomsConfig, RoomsDataset
 from geossl.data.sample import ImageSample, PointCloud, Sample, collate
@@ -41,6 +44,7 @@ __all__ = [
     "DATASETS",
     "SCENES",
     "AugmentConfig",
+    "ColorJitterConfig",
     "Event",
     "EventDataConfig",
     "EventDataset",
@@ -59,12 +63,16 @@ __all__ = [
     "ObjectsConfig",
     "PILArNetConfig",
     "PILArNetFile",
+    "PairDataConfig",
+    "PairDataset",
+    "PairsConfig",
     "PointCloud",
     "PointDataConfig",
     "PointDataset",
     "RGBDFolderConfig",
     "Room",
     "RoomError",
+    "RoomPairsConfig",
     "RoomShardOptions",
     "RoomShardsConfig",
     "RoomShardsDataset",
@@ -91,6 +99,7 @@ __all__ = [
     "event_sample",
     "group_resplit",
     "load_objects",
+    "normals_from_depth",
     "random_subset",
     "read_events",
     "read_gaussians",

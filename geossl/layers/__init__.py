@@ -3,8 +3,8 @@
 They know nothing of models or methods.
 """
 
-from geossl.layers.attention import Attention, Segments, scaled_dot_product
-from geossl.layers.block import Block, BlockStack, init_transformer_weights
+from geossl.layers.attention import Attention, CrossAttention, Segments, scaled_dot_product
+from geossl.layers.block import Block, BlockStack, CrossBlock, init_transformer_weights, run_block
 from geossl.layers.gathered_regression import gathered_regression_loss
 from geossl.layers.image_metrics import l1, psnr, ssim
 from geossl.layers.lifting import LiftedFeatures, lift_features, visible_in
@@ -26,6 +26,8 @@ __all__ = [
     "BatchwideNorm",
     "Block",
     "BlockStack",
+    "CrossAttention",
+    "CrossBlock",
     "LiftedFeatures",
     "PackedTokenEmbedding",
     "PointTokenEmbedding",
@@ -46,6 +48,7 @@ __all__ = [
     "project_views",
     "psnr",
     "random_mask",
+    "run_block",
     "scaled_dot_product",
     "share_of_rows",
     "splat_depth",

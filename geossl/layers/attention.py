@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geossl.layers._rope import rope_2d
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -178,6 +180,7 @@ class Attention(nn.Module):
         rows: Tensor | None = None,
         row_segments: Segments | None = None,
         masks: Sequence[Tensor] | None = None,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Attend within each sample.
 
@@ -188,20 +191,28 @@ class Attention(nn.Module):
                 from all rows.
             row_segments: How many of ``rows`` belong to each sample; needed with ``rows``.
             masks: Where a query may look, see :func:`packed_attention`; with ``rows``, a row of each mask for each of them.
+            rope: Rotations of queries and keys by their positions, see :func:`geossl.ops.rope_2d`: a row for each of the ``T`` tokens, or
+                for each cell of a grid that the tokens fill over and over. None: no positions.
 
         Returns:
             ``[T, C]``, or ``[R, C]`` with ``rows``.
         """
-        dim = x.shape[1]
+        dim, width = x.shape[1], x.shape[1] // self.heads
         dropout = self.dropout if self.training else 0.0
         if rows is None or row_segments is None:
-            q, k, v = self.qkv(x).view(-1, 3, self.heads, dim // self.heads).unbind(1)
+            qkv = self.qkv(x).view(-1, 3 * self.heads, width)
+            if rope is None:
+                q, k, v = qkv.unflatten(1, (3, self.heads)).unbind(1)
+            else:
+                moved, v = qkv.split([2 * self.heads, self.heads], 1)
+                q, k = rope_2d(moved, rope).unflatten(1, (2, self.heads)).unbind(1)
             return self.proj(packed_attention(q, k, v, segments, segments, masks=masks, dropout=dropout))
         bias = self.qkv.bias
-        q = F.linear(x[rows], self.qkv.weight[:dim], None if bias is None else bias[:dim])
+        q = F.linear(x.index_select(0, rows), self.qkv.weight[:dim], None if bias is None else bias[:dim]).view(-1, self.heads, width)
         kv = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
-        k, v = kv.view(-1, 2, self.heads, dim // self.heads).unbind(1)
-        q = q.view(-1, self.heads, dim // self.heads)
+        k, v = kv.view(-1, 2, self.heads, width).unbind(1)
+        if rope is not None:
+            q, k = rope_2d(q, rope.index_select(0, rows % rope.shape[0])), rope_2d(k, rope)
         return self.proj(packed_attention(q, k, v, row_segments, segments, masks=masks, dropout=dropout))
 
     def weights(self, x: Tensor, segments: Segments) -> list[Tensor]:
@@ -212,3 +223,51 @@ class Attention(nn.Module):
             (query.transpose(0, 1) * query.shape[-1] ** -0.5 @ key.permute(1, 2, 0)).softmax(-1)
             for query, key in zip(q.split(lengths), k.split(lengths), strict=True)
         ]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of packed sequences to others, sample by sample.
+
+    Args:
+        dim: Channels of both, a multiple of ``heads``.
+        heads: Attention heads.
+        qkv_bias: Whether the projections to queries, keys and values have a bias.
+    """
+
+    def __init__(self, dim: int, heads: int, *, qkv_bias: bool = False) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"CrossAttention: dim must be a multiple of heads, got dim={dim}, heads={heads}")
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        segments: Segments,
+        memory_segments: Segments,
+        *,
+        rope: Tensor | None = None,
+        memory_rope: Tensor | None = None,
+    ) -> Tensor:
+        """Let every token of a sample look at all memory tokens of the same sample.
+
+        Args:
+            x: Queries ``[T, C]`` packed by ``segments``.
+            memory: What is looked at, ``[M, C]`` packed by ``memory_segments``, as many samples.
+            segments: Rows of ``x`` of each sample.
+            memory_segments: Rows of ``memory`` of each sample.
+            rope: Rotations of the queries by their positions, see :class:`Attention`; None: no positions.
+            memory_rope: Rotations of the keys; needed with ``rope``.
+
+        Returns:
+            ``[T, C]``.
+        """
+        q = self.q(x).view(-1, self.heads, x.shape[1] // self.heads)
+        k, v = self.kv(memory).view(-1, 2, self.heads, memory.shape[1] // self.heads).unbind(1)
+        if rope is not None and memory_rope is not None:
+            q, k = rope_2d(q, rope), rope_2d(k, memory_rope)
+        return self.proj(packed_attention(q, k, v, segments, memory_segments))

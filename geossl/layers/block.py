@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from geossl.errors import unknown_name
-from geossl.layers.attention import Attention, Segments
+from geossl.layers.attention import Attention, CrossAttention, Segments
 from geossl.layers.norm import make_norm
 from geossl.layers.sampling import BatchRandom
 
@@ -46,16 +46,25 @@ class Block(nn.Module):
         mlp_ratio: Hidden width of the MLP over ``dim``.
         qkv_bias: Bias of the query/key/value projection.
         norm: "layer" or "batchwide", see :func:`geossl.layers.norm.make_norm`.
+        norm_eps: Added to the variance in "layer" norms.
         attention_dropout: Share of the attention weights that training drops.
     """
 
     def __init__(
-        self, dim: int, heads: int, *, mlp_ratio: float = 4.0, qkv_bias: bool = False, norm: str = "layer", attention_dropout: float = 0.0
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = make_norm(norm, dim)
+        self.norm1 = make_norm(norm, dim, norm_eps)
         self.attn = Attention(dim, heads, qkv_bias=qkv_bias, dropout=attention_dropout)
-        self.norm2 = make_norm(norm, dim)
+        self.norm2 = make_norm(norm, dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
@@ -66,6 +75,7 @@ class Block(nn.Module):
         row_segments: Segments | None = None,
         keep: Tensor | tuple[Kept, Kept] | None = None,
         masks: Sequence[Tensor] | None = None,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Transform packed tokens.
 
@@ -79,6 +89,7 @@ class Block(nn.Module):
                 tokens that keep each branch, numbered within ``rows`` where given: the others take no part in projections and MLP.
             masks: For each sample True where a query may look, bool ``[its rows, its rows]``; None: everywhere. Not with ``rows`` or with
                 tokens in ``keep``.
+            rope: Rotations of queries and keys by their positions, see :class:`~geossl.layers.attention.Attention`; None: none.
 
         Returns:
             ``[T, C]``, or ``[R, C]`` with ``rows``.
@@ -86,10 +97,10 @@ class Block(nn.Module):
         if masks is not None and (rows is not None or isinstance(keep, tuple)):
             raise ValueError("Block: masks have a row for every token; give them without rows and with drop_path_per='sample'")
         if isinstance(keep, tuple):
-            return self._forward_kept(x, segments, rows, *keep)
-        attended = self.attn(self.norm1(x), segments, rows=rows, row_segments=row_segments, masks=masks)
+            return self._forward_kept(x, segments, rows, *keep, rope)
+        attended = self.attn(self.norm1(x), segments, rows=rows, row_segments=row_segments, masks=masks, rope=rope)
         if rows is not None and row_segments is not None:
-            x, segments = x[rows], row_segments
+            x, segments = x.index_select(0, rows), row_segments
         if keep is None:
             x = x + attended
             return x + self.mlp(self.norm2(x))
@@ -97,14 +108,79 @@ class Block(nn.Module):
         x = x + attended * keep[:, :1]
         return x + self.mlp(self.norm2(x)) * keep[:, 1:]
 
-    def _forward_kept(self, x: Tensor, segments: Segments, rows: Tensor | None, first: Kept, second: Kept) -> Tensor:
+    def _forward_kept(self, x: Tensor, segments: Segments, rows: Tensor | None, first: Kept, second: Kept, rope: Tensor | None) -> Tensor:
         asking = first.rows if rows is None else rows[first.rows]
-        attended = self.attn(self.norm1(x), segments, rows=asking, row_segments=first.segments)
+        attended = self.attn(self.norm1(x), segments, rows=asking, row_segments=first.segments, rope=rope)
         if rows is not None:
             x = x[rows]
         x = x.index_add(0, first.rows, attended.to(x.dtype), alpha=first.scale)
         changed = self.mlp(self.norm2(x)[second.rows])
         return x.index_add(0, second.rows, changed.to(x.dtype), alpha=second.scale)
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm decoder block: ``x += attention(norm(x)); x += cross_attention(norm(x), norm(memory)); x += mlp(norm(x))``.
+
+    The memory itself stays what it is. Over packed sequences.
+
+    Args:
+        dim: Channels of tokens and memory.
+        heads: Attention heads of both attentions.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        norm_eps: Added to the variance in the norms.
+        norm_memory: Whether the memory is normalised; False takes it as it comes.
+    """
+
+    def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0, norm_eps: float = 1e-5, norm_memory: bool = True) -> None:
+        super().__init__()
+        self.norm1 = make_norm("layer", dim, norm_eps)
+        self.attn = Attention(dim, heads, qkv_bias=True)
+        self.norm2 = make_norm("layer", dim, norm_eps)
+        self.norm_memory = make_norm("layer", dim, norm_eps) if norm_memory else nn.Identity()
+        self.cross_attn = CrossAttention(dim, heads, qkv_bias=True)
+        self.norm3 = make_norm("layer", dim, norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        segments: Segments,
+        memory_segments: Segments,
+        rows: Tensor | None = None,
+        row_segments: Segments | None = None,
+        rope: Tensor | None = None,
+        memory_rope: Tensor | None = None,
+    ) -> Tensor:
+        """Transform packed tokens.
+
+        Args:
+            x: ``[T, C]`` packed by ``segments``.
+            memory: ``[M, C]`` packed by ``memory_segments``, as many samples.
+            segments: Rows of each sample.
+            memory_segments: Rows of the memory of each sample.
+            rows: Rows whose output is wanted, see :class:`Block`.
+            row_segments: How many of ``rows`` each sample has.
+            rope: Rotations of the tokens, see :class:`~geossl.layers.attention.Attention`; None: none.
+            memory_rope: Rotations of the memory; needed with ``rope``.
+
+        Returns:
+            ``[T, C]``, or ``[R, C]`` with ``rows``.
+        """
+        attended = self.attn(self.norm1(x), segments, rows=rows, row_segments=row_segments, rope=rope)
+        if rows is not None and row_segments is not None:
+            x, segments = x.index_select(0, rows), row_segments
+            rope = None if rope is None else rope.index_select(0, rows % rope.shape[0])
+        x = x + attended
+        x = x + self.cross_attn(self.norm2(x), self.norm_memory(memory), segments, memory_segments, rope=rope, memory_rope=memory_rope)
+        return x + self.mlp(self.norm3(x))
+
+
+def run_block(block: nn.Module, checkpointing: bool, *args: Any, **kwargs: Any) -> Tensor:
+    """``block(*args, **kwargs)``; with ``checkpointing``, what is computed inside is not kept but computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
+    return block(*args, **kwargs)
 
 
 class BlockStack(nn.Module):
@@ -186,10 +262,7 @@ class BlockStack(nn.Module):
         keeps = self._draw_drop_path(segments, random, x.device, rows, row_segments)
         for i, block in enumerate(self.blocks):
             only = (rows, row_segments) if i == last else (None, None)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x + position, segments, *only, keeps[i], masks, use_reentrant=False)
-            else:
-                x = block(x + position, segments, *only, keeps[i], masks)
+            x = run_block(block, self.grad_checkpointing, x + position, segments, *only, keeps[i], masks)
             if intermediates is not None:
                 intermediates.append(x)
         return x if select is None else x[select]

@@ -11,6 +11,7 @@ being computed, which is what a masked autoencoder wants.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -166,12 +167,12 @@ class BatchwideNorm(nn.Module):
         return torch.addcmul(self.bias, normed, self.weight)
 
 
-def make_norm(kind: str, dim: int) -> nn.Module:
-    """Make the norm of a transformer: "layer" (each token over its channels) or "batchwide" (:class:`BatchwideNorm`)."""
-    kinds: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batchwide": BatchwideNorm}
+def make_norm(kind: str, dim: int, eps: float = 1e-5) -> nn.Module:
+    """Make the norm of a transformer: "layer" (each token over its channels) or "batchwide" (:class:`BatchwideNorm`, with its own eps)."""
+    kinds: dict[str, Callable[[], nn.Module]] = {"layer": lambda: nn.LayerNorm(dim, eps), "batchwide": lambda: BatchwideNorm(dim)}
     if kind not in kinds:
         raise unknown_name("norm", kind, kinds)
-    return kinds[kind](dim)
+    return kinds[kind]()
 
 
 class Folded(NamedTuple):

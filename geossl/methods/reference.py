@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from geossl.errors import CheckpointError, unknown_name
-from geossl.methods import i2p_mae, point_m2ae, point_mae, polar_mae
+from geossl.methods import croco, i2p_mae, point_m2ae, point_mae, polar_mae
 from geossl.models.checkpoints import load_state, read_reference_state
+from geossl.models.croco_files import read_croco_file
 from geossl.models.point_m2ae import PointM2AEEncoder
 from geossl.models.point_vit import PointViT
 from geossl.models.point_vit_volume import VolumePointViT
@@ -22,17 +23,18 @@ def load_reference(system: str, source: str | os.PathLike[str] | Mapping[str, An
     Files are read without executing pickled code; any missing or unexpected weight is an error that lists the names.
 
     Args:
-        system: ``"point_mae"``, ``"point_m2ae"``, ``"i2p_mae"`` or ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE). Pretraining and
-            fine-tuned files are told apart by their weights. The 2D teacher in a file of I2P-MAE is left out;
+        system: ``"point_mae"``, ``"point_m2ae"``, ``"i2p_mae"``, ``"polar_mae"`` (both its Point-MAE and its PoLAr-MAE) or ``"croco"`` (v1
+            and v2). Pretraining and fine-tuned files are told apart by their weights. The 2D teacher in a file of I2P-MAE is left out;
             :func:`geossl.methods.reference_teacher` reads it.
         source: The file (``.pth``, ``.ckpt``, ``.safetensors``), or what was read from it.
         config: For files trained with other than the released numbers. point_mae, point_m2ae and i2p_mae: the ``model`` section of the
             published configuration, and of part segmentation files what :func:`geossl.tasks.part_segmentation.convert_part_state` knows.
-            polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`.
+            polar_mae: see :func:`geossl.models.point_vit_volume.reference_encoder_config`. croco: arguments of the published constructor
+            (``enc_embed_dim``, ``pos_embed`` ...), where a file does not hold them.
 
     Returns:
         The model in evaluation mode: the method (:class:`geossl.methods.PointMAE`, :class:`geossl.methods.PointM2AE`,
-        :class:`geossl.methods.I2PMAE`, :class:`geossl.methods.PolarMAE`) for a pretraining file, the task
+        :class:`geossl.methods.I2PMAE`, :class:`geossl.methods.PolarMAE`, :class:`geossl.methods.CroCo`) for a pretraining file, the task
         (:class:`geossl.tasks.Classification`, :class:`geossl.tasks.PartSegmentation`, :class:`geossl.tasks.Segmentation`) for a fine-tuned
         one. Its ``backbone`` is the encoder.
 
@@ -59,6 +61,7 @@ def find_system(source: str | os.PathLike[str]) -> str:
     names = read_reference_state(source, skip_objects=True)
     for system, marker in (
         ("polar_mae", "encoder.pos_embed.pos_enc.0.weight"),
+        ("croco", "enc_blocks.0.attn.qkv.weight"),
         ("point_mae", "pos_embed.0.weight"),
         ("point_m2ae", "rec_head.weight"),
         ("i2p_mae", "rec_head_2d.weight"),
@@ -139,10 +142,19 @@ def _polar_mae(source: str | Mapping[str, Any], config: Mapping[str, Any] | None
     return model
 
 
+def _croco(source: str | Mapping[str, Any], config: Mapping[str, Any] | None) -> nn.Module:
+    file = read_croco_file(source, config)
+    (encoder_config, method_config), converted = croco.convert_reference_state(file)
+    model = method_config.build(encoder_config.build())
+    load_state(model, converted, source=file.name)
+    return model
+
+
 REFERENCES: dict[str, Callable[[Any, Mapping[str, Any] | None], nn.Module]] = {
     "point_mae": _point_mae,
     "point_m2ae": _hierarchical("point_m2ae", point_m2ae.convert_reference_state),
     "i2p_mae": _hierarchical("i2p_mae", i2p_mae.convert_reference_state),
     "polar_mae": _polar_mae,
+    "croco": _croco,
 }
 """Systems whose official checkpoints can be read."""

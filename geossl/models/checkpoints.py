@@ -67,7 +67,14 @@ class _DataOnly(pickle.Unpickler):
         f"torch._utils.{name}": _Rebuild(name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
     } | {"collections.OrderedDict": OrderedDict}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A class of this file's own, so that nothing the file does to it outlives the reading.
+        self._options = type("Namespace", (), {})
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("argparse", "Namespace"):  # the command line of the program that wrote the file: names and plain values
+            return self._options
         return self._allowed.get(f"{module}.{name}", _Skipped)
 
 

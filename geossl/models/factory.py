@@ -79,13 +79,17 @@ def save_backbone(backbone: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write ``model.safetensors`` and ``config.json`` of a backbone into ``folder`` (made if missing); returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
-    weights = folder / "model.safetensors"
-    safetensors.torch.save_file(state, weights, metadata={"format": "pt"})
-    weights.chmod(folder.stat().st_mode & 0o666)  # safetensors makes private files, whatever the umask says
+    save_weights(backbone, folder / "model.safetensors")
     config = {"backbone": dataclasses.asdict(backbone.config)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write the state of ``module`` as a safetensors file into an existing folder."""
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files, whatever the umask says
 
 
 def load(source: str | os.PathLike[str]) -> nn.Module:
@@ -102,7 +106,7 @@ def load(source: str | os.PathLike[str]) -> nn.Module:
     Raises:
         CheckpointError: files are missing, damaged or belong to another model; the message lists the keys.
     """
-    folder = _locate(source)
+    folder = locate_folder(source)
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     try:
         values = json.loads(config_path.read_text())["backbone"]
@@ -114,11 +118,13 @@ def load(source: str | os.PathLike[str]) -> nn.Module:
     return backbone.eval()
 
 
-def _locate(source: str | os.PathLike[str]) -> Path:
+def locate_folder(source: str | os.PathLike[str]) -> Path:
+    """Find the folder with ``model.safetensors`` and ``config.json`` that ``source`` means; see :func:`load`."""
     text = os.fspath(source)
     if text.startswith("hf-hub:"):
         hub = optional_import("huggingface_hub", "hub")
-        return Path(hub.snapshot_download(text.removeprefix("hf-hub:"), allow_patterns=["config.json", "model.safetensors"]))
+        files = ["config.json", "model.safetensors", "decoder.json", "decoder.safetensors"]
+        return Path(hub.snapshot_download(text.removeprefix("hf-hub:"), allow_patterns=files))
     folder = Path(text)
     for candidate in (folder, folder / "export"):
         if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():

@@ -141,8 +141,7 @@ class ImageViT(nn.Module):
 
 
 def _make_block(config: ImageViTConfig) -> Block:
-    block = Block(config.dim, config.heads, qkv_bias=True)
-    block.norm1, block.norm2 = (nn.LayerNorm(config.dim, config.eps) for _ in range(2))
+    block = Block(config.dim, config.heads, qkv_bias=True, norm_eps=config.eps)
     if config.quick_gelu:
         block.mlp.act = QuickGELU()
     return block
