@@ -8,6 +8,7 @@ a training).
 
 from geossl.evaluation.baselines import BASELINES, calibrate_batchnorm, random_twin
 from geossl.evaluation.classification import VotingScores, evaluate_by_voting, evaluate_classification
+from geossl.evaluation.correspondence import Matches, MatchScores, match_patches, score_matches, stay_put
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
@@ -29,6 +30,8 @@ __all__ = [
     "Features",
     "ImageFeatures",
     "InstanceScore",
+    "MatchScores",
+    "Matches",
     "PartSegmentationScores",
     "ProbeProtocol",
     "ProbeScore",
@@ -48,6 +51,7 @@ __all__ = [
     "extract_features",
     "extract_image_features",
     "extract_scene_features",
+    "match_patches",
     "pool_tokens",
     "probe",
     "quick_probe",
@@ -56,6 +60,8 @@ __all__ = [
     "save_report_data",
     "save_segmentation_data",
     "score_instances",
+    "score_matches",
     "shape_descriptor",
+    "stay_put",
     "summarise",
 ]
