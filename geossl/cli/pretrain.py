@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from geossl.cli.training import batches, check_columns, exit_code, export_backbone, log, set_up_messages, tell_changes
+from geossl.cli.training import batches, check_columns, exit_code, export_backbone, gives_images, log, set_up_messages, tell_changes
 from geossl.config import load_config, registry_field, require, split_arguments, to_yaml
 from geossl.data import DATASETS, AugmentConfig
 from geossl.engine import Hooks, OptimConfig, TrainConfig, World, seed_everything, start_world, stop_world, train
@@ -101,7 +101,7 @@ def pretrain(config: PretrainConfig, world: World) -> int:
     prober = build_prober(config, dataset) if world.is_main else None
 
     def export(module: nn.Module, folder: Path) -> None:
-        export_backbone(module, folder, model_card(config))
+        export_backbone(module, folder, model_card(config), getattr(module, "save_beside", None))
 
     def report(module: nn.Module, folder: Path) -> None:
         from geossl.vis import write_report
@@ -140,6 +140,10 @@ def build_prober(config: PretrainConfig, dataset: Any) -> Prober | TokenProber |
     """Make what probes the encoder; None when nothing is to be probed or the data has no classes."""
     if not config.probe.every and not config.probe.report:
         return None
+    if gives_images(dataset):
+        if config.probe.data is not None:
+            raise ConfigError("probe.data: encoders of images are not probed; leave it out")
+        return None
     if not has_classes(config, dataset):
         log.info("data set %s has no classes: the encoder is not probed (choose a labelled one with --probe.data.name)", config.data.name)
         return None
@@ -166,20 +170,31 @@ def pictured(config: PretrainConfig, dataset: Any) -> Any:
 
 def model_card(config: PretrainConfig) -> str:
     """What an exported encoder is and how to use it, in Markdown."""
-    data, backbone = config.data, config.backbone
+    data, backbone, train = config.data, config.backbone, config.train
+    length = f"{train.epochs} epochs" if train.epochs else f"{train.steps} steps"
+    if hasattr(backbone, "in_channels"):
+        kind, item, columns = "point clouds", "clouds", f" ({backbone.in_channels} numbers a point)"
+        files = "`model.safetensors` (weights), `config.json` (architecture)"
+        use = f"features = geossl.extract_features(backbone, points)  # points [B, N, {backbone.in_channels}] float32"
+    else:
+        kind, item, columns = "images", "pairs", ""
+        files = "`model.safetensors`, `config.json` (the encoder), `decoder.safetensors`, `decoder.json` (the decoder for a second image)"
+        use = f"""images = geossl.geometry.normalize_images(images)  # RGB in 0..1, [B, 3, H, W], sides multiples of {backbone.patch}
+features = backbone(images)  # [B, {backbone.dim}, H / {backbone.patch}, W / {backbone.patch}]
+pair = geossl.models.load_pair_backbone("path/to/this/folder")  # with the decoder, for stereo and flow"""
     return f"""# {backbone.name}, pretrained with {config.method.name} on {data.name}
 
-An encoder of point clouds made with geossl.
+An encoder of {kind} made with geossl.
 
-- input: {data.describe()} ({backbone.in_channels} numbers a point)
+- input: {data.describe()}{columns}
 - output: {backbone.describe()}
-- training: {config.train.steps} steps of {config.train.batch_size} clouds, seed {config.train.seed}; all settings are in `../config.yaml`
-- files: `model.safetensors` (weights), `config.json` (architecture)
+- training: {length} of {train.batch_size} {item}, seed {train.seed}; all settings are in `../config.yaml`
+- files: {files}
 
 ```python
 import geossl
 
 backbone = geossl.load("path/to/this/folder")
-features = geossl.extract_features(backbone, points)  # points [B, N, {backbone.in_channels}] float32
+{use}
 ```
 """

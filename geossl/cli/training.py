@@ -17,6 +17,7 @@ from torch import nn
 
 from geossl.config import flatten, read_yaml
 from geossl.data import Loader, build_loader
+from geossl.data.pairs import PairDataset
 from geossl.engine import BatchLoader, Result, TrainConfig, World
 from geossl.errors import CheckpointError, ConfigError
 from geossl.geometry import ImageBatch, PackedPoints, PointBatch
@@ -123,13 +124,25 @@ def read_weights(source: str) -> Any:
 
 
 def check_columns(dataset: Any, backbone: Any) -> None:
-    """Check that a backbone configuration takes the columns that ``dataset`` gives."""
+    """Check that a backbone configuration takes what ``dataset`` gives: images, or points of as many columns."""
+    takes, gives = ("points" if has_points else "images" for has_points in (hasattr(backbone, "in_channels"), not gives_images(dataset)))
+    if takes != gives:
+        choice = "pairs or room_pairs" if takes == "images" else "objects"
+        raise ConfigError(
+            f"backbone {backbone.name} takes {takes}, but data set {dataset.config.name} gives {gives}; "
+            f"choose other data (--data.name, such as {choice}) or another backbone (--backbone.name)"
+        )
     wanted = getattr(backbone, "in_channels", dataset.channels)
     if wanted != dataset.channels:
         raise ConfigError(
             f"backbone.in_channels is {wanted}, but data set {dataset.config.name} gives {dataset.channels} numbers a point "
             f"({', '.join(dataset.columns)}); use --backbone.in_channels {dataset.channels}, or other columns"
         )
+
+
+def gives_images(dataset: Any) -> bool:
+    """Whether the samples of a data set are images."""
+    return isinstance(dataset, PairDataset)
 
 
 def tell_changes(config: Any, run_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from geossl.evaluation.probes import probe
 from geossl.evaluation.segmentation import SegmentationScores
 from geossl.evaluation.summary import summarise
 from geossl.evaluation.token_probe import TokenProber
+from geossl.geometry import ImageBatch
 
 THUMB_POINTS = 320
 
@@ -38,8 +40,8 @@ def save_report_data(
         seed: Masks of the pictures, and random baselines.
 
     Returns:
-        ``run/report``, with ``pictures.npz``, ``embedding.npz`` and ``probes.json`` as far as they apply; for events ``events.npz`` and
-        ``token_probe.json``.
+        ``run/report``, with ``pictures.npz`` (of images ``images.npz``), ``embedding.npz`` and ``probes.json`` as far as they apply; for
+        events ``events.npz`` and ``token_probe.json``.
     """
     folder = Path(run) / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def save_report_data(
     if hasattr(backbone, "attention_maps"):
         _save_events(folder / "events.npz", module, dataset, -(-pictures // 2), seed)
     elif hasattr(module, "pictures"):
-        _save_pictures(folder / "pictures.npz", module, dataset, pictures, seed)
+        _save_pictures(folder, module, dataset, pictures, seed)
     if isinstance(prober, TokenProber):
         write_json(
             folder / "token_probe.json",
@@ -99,21 +101,47 @@ def _save_events(path: Path, module: Any, dataset: Any, count: int, seed: int) -
     save_event_pictures(path, module, dataset, rows, [cloud_name(dataset, int(row)) for row in rows], seed)
 
 
-def _save_pictures(path: Path, module: Any, dataset: Any, count: int, seed: int) -> None:
+def _save_pictures(folder: Path, module: Any, dataset: Any, count: int, seed: int) -> None:
     rows = _spread(np.asarray(dataset.labels), count)
     device = device_of(module)
     batch = collate([dataset.get(int(row), None) for row in rows]).to(device)
-    arrays: dict[str, Any] = {"names": np.array([cloud_name(dataset, int(row)) for row in rows])}
+    names = [cloud_name(dataset, int(row)) for row in rows]
     with frozen(module):
         made = module.pictures(batch, generator=torch.Generator(device).manual_seed(seed))
+        if isinstance(batch, ImageBatch):
+            save_images(folder / "images.npz", names, made)
+            return
         clouds = batch.points
         feats = interpolate(read_tokens(module.backbone, clouds), clouds.coord, clouds.offsets)
+    arrays: dict[str, Any] = {"names": np.array(names)}
     colors = np.split(principal_colors(feats), clouds.offsets[1:-1].cpu())
     for number, picture in enumerate(made):
         for key in ("input", "visible", "reconstruction", "depth", "centers", "saliency"):
             if key in picture:
                 arrays[f"{key}_{number}"] = np.asarray(picture[key], np.float32)
         arrays[f"colors_{number}"] = colors[number]
+    atomic_write(folder / "pictures.npz", lambda file: np.savez_compressed(file, **arrays))
+
+
+def save_images(path: Path, names: Sequence[str], made: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Save rows of images for a report.
+
+    Args:
+        path: The npz file.
+        names: What each row is called.
+        made: Of each row its images in the order shown, by title: ``[H, W, 3]`` in 0..1, or ``[H, W]``, painted from dark for 0 to bright
+            for the 99 % quantile over all rows.
+    """
+    from matplotlib import colormaps
+
+    arrays: dict[str, Any] = {"names": np.array(names), "titles": np.array(list(made[0]) if made else [])}
+    for title in arrays["titles"]:
+        images = [np.asarray(row[title], np.float32) for row in made]
+        if images[0].ndim == 2:
+            top = max(float(np.quantile(np.concatenate([image.ravel() for image in images]), 0.99)), 1e-9)
+            images = [colormaps["magma"](image / top)[..., :3] for image in images]
+        for number, image in enumerate(images):
+            arrays[f"{title}_{number}"] = np.round(255 * image.clip(0, 1)).astype(np.uint8)
     atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
 
 

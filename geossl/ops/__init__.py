@@ -15,6 +15,7 @@ from geossl.ops.interpolation import interpolate, three_nn_interpolate
 from geossl.ops.neighbors import BallNeighbors, Neighbors, ball_query, knn
 from geossl.ops.nms import CentralityNMS, centrality_nms
 from geossl.ops.radius import RadiusNeighbors, radius_search
+from geossl.ops.rope import rope_2d, rope_2d_table
 from geossl.ops.segments import scatter_reduce, segment_reduce
 from geossl.ops.sparse import NeighborMap, neighbor_map
 from geossl.ops.voxels import VoxelMap, devoxelize, voxel_reduce, voxelize
@@ -45,6 +46,8 @@ __all__ = [
     "offsets_from_lengths",
     "radius_search",
     "rasterize_gaussians",
+    "rope_2d",
+    "rope_2d_table",
     "scatter_reduce",
     "segment_reduce",
     "three_nn_interpolate",

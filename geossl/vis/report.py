@@ -21,6 +21,7 @@ import yaml
 import geossl
 from geossl.errors import DataError
 from geossl.vis.events import event_panel, packed, segmentation_panel, token_panel
+from geossl.vis.images import image_panel
 from geossl.vis.layout import layout_2d, neighbors
 
 # Tableau's twenty colours; neighbours in this order are easy to tell apart.
@@ -99,6 +100,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         "curve": _probe_curve(probed, _curve_baselines(summary, token_probe)),
         "pictures": pictures,
         "error_scale": error_scale,
+        "images": image_panel(_read_arrays(run / "report" / "images.npz")),
         "events": event_panel(_read_arrays(run / "report" / "events.npz")),
         "segmentation": segmentation_panel(_read_json(run / "report" / "segmentation.json")),
         "token_probe": token_panel(token_probe, BASELINE_TITLES),

@@ -71,6 +71,21 @@ def samples() -> dict[str, list[tuple]]:
         **sparse_samples(),
         **voxels_samples(),
         **gaussians_samples(),
+        **rope_samples(),
+    }
+
+
+def rope_samples() -> dict[str, list[tuple]]:
+    qkv, table = torch.rand(6, 3, 2, 8, requires_grad=True), ops.rope_2d_table(torch.tensor([[0, 1], [2, 0], [5, 3]]), 8)
+    plain = qkv.detach()
+    return {
+        "rope_2d": [
+            (qkv[:, 0], table, False),
+            (plain[:, 1], table, True),
+            (plain[:, 2].bfloat16(), table, False),
+            (plain[:, 0].double().requires_grad_(), table.double(), False),
+            (torch.zeros(0, 2, 8), table, False),
+        ]
     }
 
 

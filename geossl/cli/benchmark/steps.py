@@ -17,19 +17,19 @@ from geossl.cli.benchmark.plain import point_mae_loss, point_vit_features
 from geossl.cli.benchmark.plain_point_m2ae import point_m2ae_features, point_m2ae_loss
 from geossl.cli.pretrain import PretrainConfig
 from geossl.errors import ConfigError
-from geossl.geometry import PackedPoints, PointBatch
+from geossl.geometry import ImageBatch, PackedPoints, PointBatch
 from geossl.methods import METHODS
 from geossl.models import BACKBONES
 
 DTYPES = (torch.float32, torch.bfloat16)
-Loss = Callable[[Any, PointBatch, torch.Generator], Tensor]
+Loss = Callable[[Any, Any, torch.Generator], Tensor]
 
 
 class Step(NamedTuple):
     """A method on its backbone, a batch for it, and both in words."""
 
     module: Any
-    batch: PointBatch
+    batch: Any  # PointBatch or ImageBatch
     inputs: str
 
 
@@ -101,6 +101,13 @@ def points_bytes(points: PackedPoints) -> int:
     return nbytes(points.coord) + (0 if points.feats is None else nbytes(points.feats))
 
 
+def batch_bytes(batch: Any) -> int:
+    """Bytes of the points or images of ``batch``."""
+    if isinstance(batch, ImageBatch):
+        return nbytes(*(images for images in (batch.image, batch.reference) if images is not None))
+    return points_bytes(batch.points)
+
+
 def step_run(step: Step, dtype: torch.dtype, loss: Loss | None = None) -> Callable[[], dict[str, Tensor]]:
     """Return a call that runs forward and backward (from zero gradients, always the same draws) and gives loss and gradients."""
 
@@ -125,6 +132,10 @@ def cases(method: str, quick: bool) -> dict[str, Callable[[], Case]]:
         from geossl.cli.benchmark import teacher_steps
 
         return teacher_steps.cases(quick)
+    if method == "croco":
+        from geossl.cli.benchmark import croco_steps
+
+        return croco_steps.cases(quick)
     published = _published(method)
     found: dict[str, Callable[[], Case]] = {}
     sizes = ("released", "quickstart") if PretrainConfig().method.name == method else ("released",)
@@ -162,8 +173,8 @@ def step_case(
     return Case(
         inputs=f"{step.inputs}; {parts}",
         run=run,
-        moved=points_bytes(step.batch.points) + weights * (4 + dtype.itemsize + 4),
-        moved_is="points read, weights read once forward (float32) and once backward, gradients written",
+        moved=batch_bytes(step.batch) + weights * (4 + dtype.itemsize + 4),
+        moved_is="batch read, weights read once forward (float32) and once backward, gradients written",
         dtype=dtype,
         peers=peers,
         differs=functools.partial(_gradients_differ, dtype=dtype, half=half),
@@ -286,7 +297,9 @@ def relative_difference(ours: Tensor, theirs: Tensor, tolerance: float, what: st
 def _published(method: str) -> Published:
     METHODS.config(method)  # an unknown name ends here, with the known ones
     if method not in STEPS:
-        raise ConfigError(f"method {method} has no step benchmark yet; there is one for {', '.join([*STEPS, 'i2p_mae', 'polar_mae'])}")
+        raise ConfigError(
+            f"method {method} has no step benchmark yet; there is one for {', '.join([*STEPS, 'i2p_mae', 'polar_mae', 'croco'])}"
+        )
     return STEPS[method]
 
 

@@ -89,9 +89,19 @@ function reconstructionCloud(index, byError = false, plain = true) {
   const first = visible.length / 3;
   return new Cloud(both, (i, h) => (i < first ? (plain ? GREY : rampColor("cool", h)) : byError ? rampColor("error", error[i - first] / 255) : rampColor("warm", h)), first);
 }
+function imagesPanel(section) {
+  heading(section, "Images", "Images the training never saw (where the data has a test part), what the network was shown of them, and what it made of it. Errors go from dark (none) to bright (the 99 % quantile).");
+  const list = el("div", { class: "objects rows-of-images" });
+  section.append(list);
+  DATA.images.forEach((row) => {
+    const cells = row.cells.map((cell) => el("div", {}, el("img", { src: cell.src, alt: `${cell.title} of ${row.name}` }), el("p", {}, cell.title)));
+    list.append(el("article", { class: "card object" }, el("header", {}, el("h3", {}, row.name)), el("div", { class: "images" }, ...cells)));
+  });
+}
 function reconstructionsPanel() {
   const section = $("reconstructions");
   if (DATA.events.items.length) return;
+  if (DATA.images.length) { imagesPanel(section); return; }
   if (!DATA.pictures.length) { missing(section, "Reconstructions", "This run saved no pictures (run/report/pictures.npz)."); return; }
   let byError = false;
   const legend = el("span", { class: "ramp" }), views = [];
