@@ -12,7 +12,7 @@ from geossl.evaluation.correspondence import Matches, MatchScores, match_patches
 from geossl.evaluation.descriptors import shape_descriptor
 from geossl.evaluation.extract import ExtractedFeatures, extract_features
 from geossl.evaluation.features import embed, pool_tokens, read_tokens
-from geossl.evaluation.image_features import ImageFeatures, extract_image_features, extract_scene_features
+from geossl.evaluation.image_features import ImageFeatures, extract_image_features, extract_pair_features, extract_scene_features
 from geossl.evaluation.instances import InstanceScore, score_instances
 from geossl.evaluation.part_segmentation import PartSegmentationScores, evaluate_part_segmentation
 from geossl.evaluation.prober import Prober, quick_probe
@@ -50,6 +50,7 @@ __all__ = [
     "evaluate_segmentation",
     "extract_features",
     "extract_image_features",
+    "extract_pair_features",
     "extract_scene_features",
     "match_patches",
     "pool_tokens",

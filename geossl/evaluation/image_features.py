@@ -22,6 +22,7 @@ from geossl.evaluation.extract import ExtractedFeatures, resolve_backbone
 from geossl.evaluation.features import device_of, frozen
 from geossl.geometry import normalize_images
 from geossl.layers import lift_features
+from geossl.models import CroCoPair, load_pair_backbone
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -111,6 +112,59 @@ def extract_image_features(
     if not len(found):
         raise DataError(f"extract_image_features: {source!r} holds no picture; image files end in {', '.join(IMAGE_SUFFIXES)}")
     return found
+
+
+def extract_pair_features(
+    model: nn.Module | str | os.PathLike[str],
+    image: Any,
+    reference: Any,
+    *,
+    layers: int | Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+) -> ImageFeatures:
+    """Extract frozen features of pictures in the light of second ones: what a stereo, flow or pose head would read.
+
+    Args:
+        model: Encoder and decoder (:class:`geossl.models.CroCoPair`), a pretraining method that has both, a run or export folder with the
+            decoder in it, or an official CroCo file.
+        image: Pictures, see :func:`extract_image_features`.
+        reference: As many second pictures; they may have other sizes.
+        layers: Blocks to read, those of the encoder before those of the decoder; None for the normed last one of the decoder.
+        size: Rows and columns to which both are resized; None: the nearest multiples of the patch of the first.
+
+    Returns:
+        A map of each of ``image``.
+
+    Raises:
+        DataError: a picture cannot be used, or there are not as many of both.
+    """
+    pair = resolve_pair(model)
+    found = ImageFeatures([], [], [])
+    pictures, seconds = list(_pictures(image)), list(_pictures(reference))
+    if not pictures or len(pictures) != len(seconds):
+        raise DataError(f"extract_pair_features: needs as many second pictures as pictures, got {len(pictures)} and {len(seconds)}")
+    wanted = [-1] if layers is None else layers if isinstance(layers, int) else list(layers)
+    with frozen(pair):
+        for (name, one), (_, other) in zip(pictures, seconds, strict=True):
+            fitted = fit_patches(one[None], pair.backbone.config.patch, size)
+            both = [fitted, fit_patches(other[None], pair.backbone.config.patch, (fitted.shape[2], fitted.shape[3]))]
+            maps = pair(*(normalize_images(x.to(device_of(pair))) for x in both), wanted)
+            found.maps.append(torch.cat(maps, 1)[0].cpu().float())
+            found.sizes.append((one.shape[1], one.shape[2]))
+            found.names.append(name)
+    return found
+
+
+def resolve_pair(model: nn.Module | str | os.PathLike[str]) -> CroCoPair:
+    """Return the encoder and decoder that ``model`` means: itself, its ``pair``, or those saved in that folder or file."""
+    if not isinstance(model, nn.Module):
+        return load_pair_backbone(model)
+    pair = getattr(model, "pair", model)
+    if not isinstance(pair, CroCoPair):
+        raise TypeError(
+            f"model: features of pairs need an encoder and its decoder (CroCoPair, or method croco), got {type(model).__name__}"
+        )
+    return pair
 
 
 def image_maps(backbone: Any, images: Tensor, layers: int | Sequence[int] | None = None, size: tuple[int, int] | None = None) -> Tensor:
