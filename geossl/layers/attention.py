@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geossl.layers._rope import rope_2d
+from geossl.ops import rope_2d
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from geossl.errors import ConfigError, unknown_name
 from geossl.layers import Block, CrossBlock, Segments, run_block
-from geossl.layers._rope import rope_2d_table
 from geossl.models.factory import BACKBONES, FeatureInfo
 from geossl.models.point_vit import resolve_indices
+from geossl.ops import rope_2d_table
 
 NORM_EPS = 1e-6
 """Of every LayerNorm in encoder and decoder."""
@@ -139,7 +139,7 @@ class GridPositions(nn.Module):
     """Where the cells of a grid are, for transformer blocks: something to add to the tokens, and rotations of queries and keys.
 
     A sin-cos table belongs to the state, as fine-tuned models keep an interpolated one; it is interpolated (bicubic) to grids of other
-    sizes than its own. Rotations are computed in float64, used in float32 whatever autocast says, and kept for the last few sizes.
+    sizes than its own. Rotations are in float32 whatever autocast says, and kept for the last few sizes.
 
     Args:
         kind: "cosine" or "rope".
@@ -166,21 +166,26 @@ class GridPositions(nn.Module):
         cells = table.unflatten(0, self.grid).permute(2, 0, 1)[None].float()
         return F.interpolate(cells, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
 
-    def rotations(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
-        """Table of :func:`geossl.ops.rope_2d` for each cell, ``[cells, 2, dim / heads / 2]`` float32; None for the sin-cos code."""
+    def rotations(self, grid: tuple[int, int], x: Tensor) -> Tensor | None:
+        """Table of :func:`geossl.ops.rope_2d` for each cell, on the device of ``x``; None for the sin-cos code.
+
+        ``[cells, 2, dim / heads / 2]`` float32, or float64 for float64 tokens.
+        """
         if self.kind != "rope":
             return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if torch.compiler.is_compiling():
-            return self._rotations(grid, device)
-        if (grid, device) not in self._tables:
+            return self._rotations(grid, x.device, dtype)
+        key = (grid, x.device, dtype)
+        if key not in self._tables:
             if len(self._tables) >= MOST_TABLES:
                 del self._tables[next(iter(self._tables))]
             with torch.inference_mode(False):  # one made inside could not be trained with later
-                self._tables[grid, device] = self._rotations(grid, device)
-        return self._tables[grid, device]
+                self._tables[key] = self._rotations(*key)
+        return self._tables[key]
 
-    def _rotations(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        return rope_2d_table(grid_positions(*grid, device), self.head_dim, self.base)
+    def _rotations(self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        return rope_2d_table(grid_positions(*grid, device), self.head_dim, self.base, dtype=dtype)
 
     def extra_repr(self) -> str:
         """What printing a model shows."""
@@ -306,7 +311,7 @@ class CroCoViT(nn.Module):
             ``[T, dim]``, normalised.
         """
         x = self.patch_embed(patches.pixels)
-        added, rope = self.position.added(patches.grid), self.position.rotations(patches.grid, x.device)
+        added, rope = self.position.added(patches.grid), self.position.rotations(patches.grid, x)
         if added is not None:
             x = x + added[patches.all_cells()]
         if rope is not None and patches.cells is not None:
@@ -427,7 +432,7 @@ class CroCoDecoder(nn.Module):
             ``[B * cells, dim]`` (or ``[R, dim]`` with ``rows``), normalised.
         """
         segments = Segments((grid[0] * grid[1],) * (x.shape[0] // (grid[0] * grid[1])))
-        added, rope = self.position.added(grid), self.position.rotations(grid, x.device)
+        added, rope = self.position.added(grid), self.position.rotations(grid, x)
         if added is not None:
             x = (x.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
             memory = None if memory is None else (memory.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
