@@ -274,3 +274,23 @@ class CrossAttention(nn.Module):
         if rope is not None and memory_rope is not None:
             q, k = rope_2d(q, rope), rope_2d(k, memory_rope)
         return self.proj(packed_attention(q, k, v, segments, memory_segments))
+
+    def weights(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        segments: Segments,
+        memory_segments: Segments,
+        *,
+        rope: Tensor | None = None,
+        memory_rope: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The softmax weights of each sample's tokens over its memory, ``[H, n, m]`` float32, rows summing to 1; see :meth:`forward`."""
+        q = self.q(x).view(-1, self.heads, x.shape[1] // self.heads).float()
+        k = self.kv(memory)[:, : memory.shape[1]].view(-1, self.heads, memory.shape[1] // self.heads).float()
+        if rope is not None and memory_rope is not None:
+            q, k = rope_2d(q, rope), rope_2d(k, memory_rope)
+        return [
+            (query.transpose(0, 1) * query.shape[-1] ** -0.5 @ key.permute(1, 2, 0)).softmax(-1)
+            for query, key in zip(q.split(list(segments.lengths)), k.split(list(memory_segments.lengths)), strict=True)
+        ]
