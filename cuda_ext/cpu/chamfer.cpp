@@ -12,106 +12,113 @@ namespace {
 enum Norm { kSquared = 0, kEuclidean = 1, kManhattan = 2 };
 enum Direction { kBoth = 0, kFromX = 1, kFromY = 2 };
 
-// Numbers side by side: sixteen of float32, two of float64, which has no vector clones and would take seconds to compile for more.
+// Queries side by side: sixteen of float32, two of float64, which has no vector clones and would take seconds to compile for more.
 template <class T>
 constexpr int kLanes = sizeof(T) == 4 ? 16 : 2;
 template <class T>
 constexpr int kTile = 2 * kLanes<T>;
 
-// As gcc and clang vectors: written as a plain loop, the running minima below would live in memory.
-template <class T>
-struct Lanes {
-  typedef T Values __attribute__((vector_size(kLanes<T> * sizeof(T))));
-  typedef Bits<T> Numbers __attribute__((vector_size(kLanes<T> * sizeof(T))));
+// They are taken in gcc and clang vectors as wide as the machine's: written as a plain loop, the running minima below would live in memory,
+// and gcc compares the numbers of a wider vector one by one.
+template <class T, int kBytes>
+struct Vector {
+  static constexpr int kWidth = kBytes / static_cast<int>(sizeof(T));
+  typedef T Values __attribute__((vector_size(kBytes)));
+  typedef Bits<T> Numbers __attribute__((vector_size(kBytes)));
 };
 
 // For `kTile` queries, the distance to the nearest of n points and its number (-1: none). NaN compares false, so invalid points never win.
-template <class T, bool kL1>
+template <class T, int kBytes, bool kL1>
 GEOSSL_INLINE void nearest_loop(const T* qx, const T* qy, const T* qz, const Soa<T>& p, int64_t n, T* distance, Bits<T>* index) {
-  using Values = typename Lanes<T>::Values;
-  using Numbers = typename Lanes<T>::Numbers;
-  constexpr int kParts = 2, kWidth = kLanes<T>;
-  Values x[kParts], y[kParts], z[kParts], best[kParts];
-  Numbers number[kParts];
-#pragma GCC unroll 2
-  for (int i = 0; i < kParts; ++i) {
-    __builtin_memcpy(&x[i], qx + kWidth * i, sizeof(Values));
-    __builtin_memcpy(&y[i], qy + kWidth * i, sizeof(Values));
-    __builtin_memcpy(&z[i], qz + kWidth * i, sizeof(Values));
-    best[i] = Values{} + std::numeric_limits<T>::infinity();
-    number[i] = Numbers{} - 1;
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    const Numbers current = Numbers{} + static_cast<Bits<T>>(j);
+  using Values = typename Vector<T, kBytes>::Values;
+  using Numbers = typename Vector<T, kBytes>::Numbers;
+  constexpr int kParts = 2, kWidth = Vector<T, kBytes>::kWidth;
+  for (int first = 0; first < kTile<T>; first += kParts * kWidth) {
+    Values x[kParts], y[kParts], z[kParts], best[kParts];
+    Numbers number[kParts];
 #pragma GCC unroll 2
     for (int i = 0; i < kParts; ++i) {
-      const Values dx = x[i] - p.x[j], dy = y[i] - p.y[j], dz = z[i] - p.z[j];
-      Values d;
-      if constexpr (kL1) d = ((dx < 0 ? -dx : dx) + (dy < 0 ? -dy : dy)) + (dz < 0 ? -dz : dz);
-      else d = (dx * dx + dy * dy) + dz * dz;
-      const auto closer = d < best[i];
-      best[i] = closer ? d : best[i];
-      number[i] = closer ? current : number[i];
+      __builtin_memcpy(&x[i], qx + first + kWidth * i, sizeof(Values));
+      __builtin_memcpy(&y[i], qy + first + kWidth * i, sizeof(Values));
+      __builtin_memcpy(&z[i], qz + first + kWidth * i, sizeof(Values));
+      best[i] = Values{} + std::numeric_limits<T>::infinity();
+      number[i] = Numbers{} - 1;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const Numbers current = Numbers{} + static_cast<Bits<T>>(j);
+#pragma GCC unroll 2
+      for (int i = 0; i < kParts; ++i) {
+        const Values dx = x[i] - p.x[j], dy = y[i] - p.y[j], dz = z[i] - p.z[j];
+        Values d;
+        if constexpr (kL1) d = ((dx < 0 ? -dx : dx) + (dy < 0 ? -dy : dy)) + (dz < 0 ? -dz : dz);
+        else d = (dx * dx + dy * dy) + dz * dz;
+        const auto closer = d < best[i];
+        best[i] = closer ? d : best[i];
+        number[i] = closer ? current : number[i];
+      }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts; ++i) {
+      __builtin_memcpy(distance + first + kWidth * i, &best[i], sizeof(Values));
+      __builtin_memcpy(index + first + kWidth * i, &number[i], sizeof(Numbers));
     }
   }
-#pragma GCC unroll 2
-  for (int i = 0; i < kParts; ++i) {
-    __builtin_memcpy(distance + kWidth * i, &best[i], sizeof(Values));
-    __builtin_memcpy(index + kWidth * i, &number[i], sizeof(Numbers));
-  }
 }
-GEOSSL_SIMD void nearest_tile(const float* qx, const float* qy, const float* qz, const Soa<float>& p, int64_t n, bool l1, float* distance,
-                              int32_t* index) {
-  if (l1) nearest_loop<float, true>(qx, qy, qz, p, n, distance, index);
-  else nearest_loop<float, false>(qx, qy, qz, p, n, distance, index);
-}
-void nearest_tile(const double* qx, const double* qy, const double* qz, const Soa<double>& p, int64_t n, bool l1,
-                              double* distance, int64_t* index) {
-  if (l1) nearest_loop<double, true>(qx, qy, qz, p, n, distance, index);
-  else nearest_loop<double, false>(qx, qy, qz, p, n, distance, index);
+GEOSSL_VECTORS(void nearest_tile(const float* qx, const float* qy, const float* qz, const Soa<float>& p, int64_t n, bool l1, float* distance,
+                                 int32_t* index),
+               {
+                 if (l1) nearest_loop<float, kBytes, true>(qx, qy, qz, p, n, distance, index);
+                 else nearest_loop<float, kBytes, false>(qx, qy, qz, p, n, distance, index);
+               })
+void nearest_tile(const double* qx, const double* qy, const double* qz, const Soa<double>& p, int64_t n, bool l1, double* distance,
+                  int64_t* index) {
+  if (l1) nearest_loop<double, 16, true>(qx, qy, qz, p, n, distance, index);
+  else nearest_loop<double, 16, false>(qx, qy, qz, p, n, distance, index);
 }
 
 // The same for more channels: `q` holds the channels of `kLanes` queries one after the other. Four points at a time share what is loaded of q.
-template <class T, bool kL1>
+template <class T, int kBytes, bool kL1>
 GEOSSL_INLINE void nearest_channels_loop(const T* q, const T* points, int64_t n, int64_t channels, T* distance, Bits<T>* index) {
-  using Values = typename Lanes<T>::Values;
-  using Numbers = typename Lanes<T>::Numbers;
+  using Values = typename Vector<T, kBytes>::Values;
+  using Numbers = typename Vector<T, kBytes>::Numbers;
   constexpr int64_t kPoints = 4;
-  Values best = Values{} + std::numeric_limits<T>::infinity();
-  Numbers number = Numbers{} - 1;
-  for (int64_t j = 0; j < n; j += kPoints) {
-    Values sum[kPoints] = {};
-    const T* p[kPoints];
+  for (int first = 0; first < kLanes<T>; first += Vector<T, kBytes>::kWidth) {
+    Values best = Values{} + std::numeric_limits<T>::infinity();
+    Numbers number = Numbers{} - 1;
+    for (int64_t j = 0; j < n; j += kPoints) {
+      Values sum[kPoints] = {};
+      const T* p[kPoints];
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kPoints; ++i) p[i] = points + std::min(j + i, n - 1) * channels;
-    for (int64_t c = 0; c < channels; ++c) {
-      Values own;
-      __builtin_memcpy(&own, q + kLanes<T> * c, sizeof own);
+      for (int64_t i = 0; i < kPoints; ++i) p[i] = points + std::min(j + i, n - 1) * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        Values own;
+        __builtin_memcpy(&own, q + kLanes<T> * c + first, sizeof own);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kPoints; ++i) {
-        const Values d = own - p[i][c];
-        if constexpr (kL1) sum[i] = sum[i] + (d < 0 ? -d : d);
-        else sum[i] = sum[i] + d * d;
+        for (int64_t i = 0; i < kPoints; ++i) {
+          const Values d = own - p[i][c];
+          if constexpr (kL1) sum[i] = sum[i] + (d < 0 ? -d : d);
+          else sum[i] = sum[i] + d * d;
+        }
+      }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kPoints; ++i) {  // the last point once more is not closer than itself
+        const auto closer = sum[i] < best;
+        best = closer ? sum[i] : best;
+        number = closer ? Numbers{} + static_cast<Bits<T>>(j + i) : number;
       }
     }
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kPoints; ++i) {  // the last point once more is not closer than itself
-      const auto closer = sum[i] < best;
-      best = closer ? sum[i] : best;
-      number = closer ? Numbers{} + static_cast<Bits<T>>(j + i) : number;
-    }
+    __builtin_memcpy(distance + first, &best, sizeof best);
+    __builtin_memcpy(index + first, &number, sizeof number);
   }
-  __builtin_memcpy(distance, &best, sizeof best);
-  __builtin_memcpy(index, &number, sizeof number);
 }
-GEOSSL_SIMD void nearest_channels(const float* q, const float* points, int64_t n, int64_t channels, bool l1, float* distance, int32_t* index) {
-  if (l1) nearest_channels_loop<float, true>(q, points, n, channels, distance, index);
-  else nearest_channels_loop<float, false>(q, points, n, channels, distance, index);
-}
-void nearest_channels(const double* q, const double* points, int64_t n, int64_t channels, bool l1, double* distance,
-                                  int64_t* index) {
-  if (l1) nearest_channels_loop<double, true>(q, points, n, channels, distance, index);
-  else nearest_channels_loop<double, false>(q, points, n, channels, distance, index);
+GEOSSL_VECTORS(void nearest_channels(const float* q, const float* points, int64_t n, int64_t channels, bool l1, float* distance, int32_t* index),
+               {
+                 if (l1) nearest_channels_loop<float, kBytes, true>(q, points, n, channels, distance, index);
+                 else nearest_channels_loop<float, kBytes, false>(q, points, n, channels, distance, index);
+               })
+void nearest_channels(const double* q, const double* points, int64_t n, int64_t channels, bool l1, double* distance, int64_t* index) {
+  if (l1) nearest_channels_loop<double, 16, true>(q, points, n, channels, distance, index);
+  else nearest_channels_loop<double, 16, false>(q, points, n, channels, distance, index);
 }
 
 // A cloud as three arrays whose length is rounded up to whole tiles; the rest are copies of NaN. With more channels, only the rows.
@@ -362,6 +369,7 @@ GEOSSL_API int geossl_chamfer_cpu(int threads, int is_double, const void* x, con
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_chamfer_cpu)
 
 GEOSSL_API int geossl_chamfer_backward_cpu(int threads, int is_double, const void* x, const int64_t* x_offsets, const int64_t* x_lengths,
                                            int64_t n, const void* y, const int64_t* y_offsets, const int64_t* y_lengths, int64_t m,
@@ -378,3 +386,4 @@ GEOSSL_API int geossl_chamfer_backward_cpu(int threads, int is_double, const voi
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_chamfer_backward_cpu)

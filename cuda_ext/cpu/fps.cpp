@@ -305,3 +305,4 @@ GEOSSL_API int geossl_fps_cpu(int threads, int is_double, const void* points, co
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_fps_cpu)

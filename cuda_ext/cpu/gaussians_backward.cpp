@@ -303,3 +303,4 @@ GEOSSL_API int geossl_gaussians_composite_backward_cpu(
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_gaussians_composite_backward_cpu)

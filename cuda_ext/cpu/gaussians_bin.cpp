@@ -116,6 +116,7 @@ GEOSSL_API int geossl_gaussians_starts_cpu(int, const int32_t* tiles, int64_t ro
   starts[rows] = sum;
   return GEOSSL_OK;
 }
+GEOSSL_PACKED(geossl_gaussians_starts_cpu)
 
 // `starts` holds the number of entries before each Gaussian, as counted by the projection; its end is the length of ids and places.
 GEOSSL_API int geossl_gaussians_bin_cpu(int threads, int is_double, const void* means2d, const void* conics, const void* opacities,
@@ -139,3 +140,4 @@ GEOSSL_API int geossl_gaussians_bin_cpu(int threads, int is_double, const void* 
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_gaussians_bin_cpu)

@@ -185,3 +185,4 @@ GEOSSL_API int geossl_gaussians_composite_cpu(int threads, int is_double, const 
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_gaussians_composite_cpu)

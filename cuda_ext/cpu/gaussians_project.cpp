@@ -136,6 +136,7 @@ GEOSSL_API int geossl_gaussians_project_cpu(int threads, int is_double, const vo
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_gaussians_project_cpu)
 
 GEOSSL_API int geossl_gaussians_project_backward_cpu(
     int threads, int is_double, const void* means, const void* quats, const void* scales, const void* covars, const void* opacities,
@@ -157,3 +158,4 @@ GEOSSL_API int geossl_gaussians_project_backward_cpu(
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_gaussians_project_backward_cpu)

@@ -61,6 +61,7 @@ GEOSSL_API int geossl_group_cpu(int threads, int64_t row_bytes, const void* feat
     });
   });
 }
+GEOSSL_PACKED(geossl_group_cpu)
 
 // A radius of 0 stands for none, null features for no channels.
 GEOSSL_API int geossl_group_relative_cpu(int threads, int is_double, const void* points, int64_t n, int64_t batch, const void* centers,
@@ -97,6 +98,7 @@ GEOSSL_API int geossl_group_relative_cpu(int threads, int is_double, const void*
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_group_relative_cpu)
 
 GEOSSL_API int geossl_group_backward_cpu(int threads, int is_double, const void* grad, int64_t channels, int64_t n, int64_t batch,
                                          const int64_t* index, int64_t entries, const int64_t*, const int64_t*, void* out) {
@@ -117,6 +119,7 @@ GEOSSL_API int geossl_group_backward_cpu(int threads, int is_double, const void*
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_group_backward_cpu)
 
 // See geossl/ops/neighbors.py for the arguments of both.
 GEOSSL_API int geossl_neighbor_distance_cpu(int threads, int is_double, const void* query, int64_t queries, const void* points, int64_t n,
@@ -136,6 +139,7 @@ GEOSSL_API int geossl_neighbor_distance_cpu(int threads, int is_double, const vo
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_neighbor_distance_cpu)
 
 GEOSSL_API int geossl_neighbor_distance_backward_cpu(int threads, int is_double, const void* query, int64_t queries, const void* points,
                                                      int64_t n, int64_t batch, const int64_t* index, int64_t k, const void* grad,
@@ -166,3 +170,4 @@ GEOSSL_API int geossl_neighbor_distance_backward_cpu(int threads, int is_double,
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_neighbor_distance_backward_cpu)

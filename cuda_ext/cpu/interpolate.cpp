@@ -83,6 +83,7 @@ GEOSSL_API int geossl_interpolate_cpu(int threads, int is_double, const void* fe
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_interpolate_cpu)
 
 GEOSSL_API int geossl_interpolate_backward_cpu(int threads, int is_double, const void* grad, const void* features, int64_t channels, int64_t n,
                                                int64_t batch, const int64_t* index, const void* weight, int64_t queries, int64_t k,
@@ -112,3 +113,4 @@ GEOSSL_API int geossl_interpolate_backward_cpu(int threads, int is_double, const
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_interpolate_backward_cpu)

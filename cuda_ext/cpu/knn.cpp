@@ -300,6 +300,7 @@ GEOSSL_API int geossl_knn_cpu(int threads, int is_double, const void* query, con
                threads);
   });
 }
+GEOSSL_PACKED(geossl_knn_cpu)
 
 GEOSSL_API int geossl_ball_query_cpu(int threads, int is_double, const void* query, const int64_t* query_offsets, const int64_t* query_lengths,
                                      int64_t queries, const void* points, const int64_t* offsets, const int64_t* lengths, int64_t n,
@@ -316,3 +317,4 @@ GEOSSL_API int geossl_ball_query_cpu(int threads, int is_double, const void* que
                threads);
   });
 }
+GEOSSL_PACKED(geossl_ball_query_cpu)

@@ -123,3 +123,4 @@ GEOSSL_API int geossl_linear_max_backward_cpu(int threads, int is_double, const 
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_linear_max_backward_cpu)

@@ -235,3 +235,4 @@ GEOSSL_API int geossl_centrality_nms_cpu(int threads, int type, const void* poin
   });
   return failure != GEOSSL_OK ? failure : status;
 }
+GEOSSL_PACKED(geossl_centrality_nms_cpu)

@@ -174,6 +174,7 @@ GEOSSL_API int geossl_radius_count_cpu(int threads, int is_double, const void* q
                threads);
   });
 }
+GEOSSL_PACKED(geossl_radius_count_cpu)
 
 GEOSSL_API int geossl_radius_fill_cpu(int threads, int is_double, const void* query, const int64_t* query_offsets,
                                       const int64_t* query_lengths, int64_t queries, const void* points, const int64_t* offsets,
@@ -190,3 +191,4 @@ GEOSSL_API int geossl_radius_fill_cpu(int threads, int is_double, const void* qu
                threads);
   });
 }
+GEOSSL_PACKED(geossl_radius_fill_cpu)

@@ -101,3 +101,4 @@ GEOSSL_API int geossl_rope_2d_cpu(int threads, int type, const void* x, int64_t 
     }
   });
 }
+GEOSSL_PACKED(geossl_rope_2d_cpu)

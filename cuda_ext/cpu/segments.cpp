@@ -239,6 +239,7 @@ GEOSSL_API int geossl_segment_sum_cpu(int threads, int is_double, const void* x,
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_segment_sum_cpu)
 
 GEOSSL_API int geossl_segment_extreme_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
                                           const int64_t* splits, const int64_t*, int64_t size, int largest, double fill, void* out,
@@ -262,6 +263,7 @@ GEOSSL_API int geossl_segment_extreme_cpu(int threads, int is_double, const void
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_segment_extreme_cpu)
 
 GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
                                           const int64_t* splits, const int64_t*, int64_t size, void* out) {
@@ -281,6 +283,7 @@ GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_segment_softmax_cpu)
 
 GEOSSL_API int geossl_segment_logsumexp_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
                                             const int64_t* splits, const int64_t*, int64_t size, void* out) {
@@ -299,3 +302,4 @@ GEOSSL_API int geossl_segment_logsumexp_cpu(int threads, int is_double, const vo
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_segment_logsumexp_cpu)

@@ -65,6 +65,7 @@ GEOSSL_API int geossl_sort_keys_cpu(int, const int64_t* keys, int64_t count, int
     for (int64_t i = 0; i < count; ++i) sorted[i] = result[i].key, order[i] = result[i].row;
   });
 }
+GEOSSL_PACKED(geossl_sort_keys_cpu)
 
 GEOSSL_API int geossl_find_keys_cpu(int threads, const int64_t* keys, const int64_t* order, int64_t count, const int64_t* wanted,
                                     const int64_t* rows, int64_t wanted_count, const int64_t* shifts, int64_t shift_count, int64_t* out) {
@@ -81,3 +82,4 @@ GEOSSL_API int geossl_find_keys_cpu(int threads, const int64_t* keys, const int6
     });
   });
 }
+GEOSSL_PACKED(geossl_find_keys_cpu)

@@ -49,3 +49,4 @@ GEOSSL_API int geossl_divide_grain_cpu(int64_t divisor) {
   geossl::grain_divisor.store(divisor, std::memory_order_relaxed);
   return GEOSSL_OK;
 }
+GEOSSL_PACKED(geossl_divide_grain_cpu)

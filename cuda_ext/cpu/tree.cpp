@@ -71,29 +71,38 @@ Tree<T>::Tree(const T* rows, int64_t n, int threads) {
 
 namespace {
 
-// Eight keys, as gcc and clang vectors. They are never passed by value: without AVX-512 that has no calling convention.
-typedef int64_t Keys8 __attribute__((vector_size(64)));
+// Keys side by side, as gcc and clang vectors as wide as the machine's: gcc compares the numbers of a wider vector one by one. They are
+// never passed by value: without AVX-512 that has no calling convention.
+template <int kWidth>
+struct KeyVector {
+  typedef int64_t Keys __attribute__((vector_size(8 * kWidth)));
+};
 #if defined(__clang__)
 #define GEOSSL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define GEOSSL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Keys8{__VA_ARGS__})
+#define GEOSSL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Keys{__VA_ARGS__})
 #endif
 
 // Inserts a key into a sorted array of whole vectors, whose last key falls out: every slot becomes the middle one of its left neighbour, the
 // new key and itself. No branch depends on the data.
+template <int kWidth>
 GEOSSL_INLINE void insert_sorted(int64_t* keys, int64_t padded, int64_t key) {
-  const Keys8 added = Keys8{} + key;
-  Keys8 left = Keys8{} + std::numeric_limits<int64_t>::min();
-  for (int64_t i = 0; i < padded; i += 8) {
-    Keys8 here;
+  using Keys = typename KeyVector<kWidth>::Keys;
+  const Keys added = Keys{} + key;
+  Keys left = Keys{} + std::numeric_limits<int64_t>::min();
+  for (int64_t i = 0; i < padded; i += kWidth) {
+    Keys here, shifted;
     __builtin_memcpy(&here, keys + i, sizeof here);
-    const Keys8 shifted = GEOSSL_SHUFFLE(left, here, 7, 8, 9, 10, 11, 12, 13, 14);
-    const Keys8 lower = here < added ? here : added;
-    const Keys8 merged = shifted < lower ? lower : shifted;
+    if constexpr (kWidth == 8) shifted = GEOSSL_SHUFFLE(left, here, 7, 8, 9, 10, 11, 12, 13, 14);
+    else if constexpr (kWidth == 4) shifted = GEOSSL_SHUFFLE(left, here, 3, 4, 5, 6);
+    else shifted = GEOSSL_SHUFFLE(left, here, 1, 2);
+    const Keys lower = here < added ? here : added;
+    const Keys merged = shifted < lower ? lower : shifted;
     __builtin_memcpy(keys + i, &merged, sizeof merged);
     left = here;
   }
 }
+template <int kWidth>
 GEOSSL_INLINE void insert_sorted(DoubleKey* keys, int64_t padded, const DoubleKey& key) {
   int64_t i = padded - 1;
   for (; i > 0 && key < keys[i - 1]; --i) keys[i] = keys[i - 1];
@@ -104,7 +113,7 @@ GEOSSL_INLINE void set_largest(int64_t& key) { key = std::numeric_limits<int64_t
 GEOSSL_INLINE void set_largest(DoubleKey& key) { key = {std::numeric_limits<int64_t>::max(), std::numeric_limits<int32_t>::max()}; }
 
 // The k smallest keys seen. Up to kInserted they are kept sorted all the time; more are sorted out every k arrivals.
-template <class K>
+template <class K, int kWidth>
 class Best {
  public:
   static constexpr int64_t kInserted = 64;
@@ -120,7 +129,7 @@ class Best {
   GEOSSL_INLINE void push(const K& key) {
     if (!(key < worst_)) return;
     if (k_ > kInserted) return push_many(key);
-    insert_sorted(sorted_, padded_, key);
+    insert_sorted<kWidth>(sorted_, padded_, key);
     worst_ = sorted_[k_ - 1];
     ++count_;
   }
@@ -194,18 +203,26 @@ constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 constexpr int kDeepest = 12;  // 16^12 leaves
 
 // The smallest number over `last`, kNever if there is none.
+template <int kWidth>
 GEOSSL_INLINE int64_t next_in_order(const int64_t* order, int64_t last) {
-  const Keys8 never = Keys8{} + kNever;
-  Keys8 a, b;
-  __builtin_memcpy(&a, order, sizeof a);
-  __builtin_memcpy(&b, order + 8, sizeof b);
-  a = a > last ? a : never;
-  b = b > last ? b : never;
-  a = a < b ? a : b;
-  b = GEOSSL_SHUFFLE(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
-  a = a < b ? a : b;
-  b = GEOSSL_SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
-  a = a < b ? a : b;
+  using Keys = typename KeyVector<kWidth>::Keys;
+  const Keys never = Keys{} + kNever;
+  Keys a = never, b;
+  GEOSSL_UNROLL(8)
+  for (int i = 0; i < kFanout; i += kWidth) {
+    __builtin_memcpy(&b, order + i, sizeof b);
+    b = b > last ? b : never;
+    a = a < b ? a : b;
+  }
+  if constexpr (kWidth == 8) {
+    b = GEOSSL_SHUFFLE(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+    a = a < b ? a : b;
+    b = GEOSSL_SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+    a = a < b ? a : b;
+  } else if constexpr (kWidth == 4) {
+    b = GEOSSL_SHUFFLE(a, a, 2, 3, 0, 1);
+    a = a < b ? a : b;
+  }
   return std::min(a[0], a[1]);
 }
 
@@ -226,13 +243,13 @@ GEOSSL_INLINE void enter(Frame<T>& frame, const Boxes<T>& boxes, int64_t begin, 
   }
 }
 
-template <class T>
+template <class T, int kWidth>
 GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query, int64_t k, Key<T>* keys) {
   const Bits<T> infinity = to_bits(std::numeric_limits<T>::infinity());
   const T *q = query.at, limit = query.limit;
   const bool manhattan = query.manhattan;
   const bool valid = (q[0] - q[0]) + (q[1] - q[1]) + (q[2] - q[2]) == T(0);
-  Best<Key<T>> best(keys, k);
+  Best<Key<T>, kWidth> best(keys, k);
   int64_t inside = 0;
   Frame<T> frames[kDeepest];
   int depth = 0;
@@ -240,7 +257,7 @@ GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query
   if (levels > 0) enter(frames[depth++], tree.levels[static_cast<size_t>(levels - 1)], 0, query);
   while (depth > 0) {
     Frame<T>& frame = frames[depth - 1];
-    const int64_t next = next_in_order(frame.order, frame.last);
+    const int64_t next = next_in_order<kWidth>(frame.order, frame.last);
     if (next == kNever) {
       --depth;
       continue;
@@ -292,11 +309,10 @@ GEOSSL_INLINE int64_t search_loop(const Tree<T>& tree, const TreeQuery<T>& query
   return best.finish();
 }
 
-GEOSSL_SIMD int64_t search_tree(const Tree<float>& tree, const TreeQuery<float>& query, int64_t k, int64_t* best) {
-  return search_loop(tree, query, k, best);
-}
+GEOSSL_VECTORS(int64_t search_tree(const Tree<float>& tree, const TreeQuery<float>& query, int64_t k, int64_t* best),
+               { return search_loop<float, kBytes / 8>(tree, query, k, best); })
 int64_t search_tree(const Tree<double>& tree, const TreeQuery<double>& query, int64_t k, DoubleKey* best) {
-  return search_loop(tree, query, k, best);
+  return search_loop<double, 2>(tree, query, k, best);
 }
 
 // All points in a ball -------------------------------------------------------------------------------------------------------------

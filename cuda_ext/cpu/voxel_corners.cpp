@@ -33,3 +33,4 @@ GEOSSL_API int geossl_voxel_corners_cpu(int threads, int is_double, const void* 
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_voxel_corners_cpu)

@@ -529,6 +529,7 @@ GEOSSL_API int geossl_voxel_bounds_cpu(int threads, int is_double, const void* p
     return int{GEOSSL_OK};
   });
 }
+GEOSSL_PACKED(geossl_voxel_bounds_cpu)
 
 // Without scratch, stores the bytes it must have in info[0]; with it, the numbers of voxels and of kept points in info.
 GEOSSL_API int geossl_voxel_count_cpu(int threads, int is_double, const void* points, const int64_t* offsets, const int64_t* lengths, int64_t n,
@@ -544,6 +545,7 @@ GEOSSL_API int geossl_voxel_count_cpu(int threads, int is_double, const void* po
     });
   });
 }
+GEOSSL_PACKED(geossl_voxel_count_cpu)
 
 GEOSSL_API int geossl_voxel_fill_cpu(int threads, int is_double, const void* points, const int64_t* offsets, const int64_t* lengths, int64_t n,
                                      int64_t batch, const double* grid, const double* bounds, const int64_t* frames, int order, int first,
@@ -561,3 +563,4 @@ GEOSSL_API int geossl_voxel_fill_cpu(int threads, int is_double, const void* poi
     });
   });
 }
+GEOSSL_PACKED(geossl_voxel_fill_cpu)

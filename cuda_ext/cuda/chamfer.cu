@@ -398,6 +398,7 @@ GEOSSL_API int geossl_chamfer_cuda(int device, void* stream, int is_double, cons
     return error != cudaSuccess ? error : gpu::launch(loss_kernel<T>, one_per(batch), dim3(kThreads), 0, s, job);
   });
 }
+GEOSSL_PACKED(geossl_chamfer_cuda)
 
 GEOSSL_API int geossl_chamfer_backward_cuda(int device, void* stream, int is_double, const void* x, const int64_t* x_offsets,
                                             const int64_t* x_lengths, int64_t n, const void* y, const int64_t* y_offsets,
@@ -427,3 +428,4 @@ GEOSSL_API int geossl_chamfer_backward_cuda(int device, void* stream, int is_dou
                        channels, gx, gy);
   });
 }
+GEOSSL_PACKED(geossl_chamfer_backward_cuda)

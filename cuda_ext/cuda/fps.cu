@@ -279,3 +279,4 @@ GEOSSL_API int geossl_fps_cuda(int device, void* stream, int is_double, const vo
     return sample_in_steps<T>(job, n, workspace, as_stream(stream));
   });
 }
+GEOSSL_PACKED(geossl_fps_cuda)

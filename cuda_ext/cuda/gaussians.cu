@@ -172,6 +172,7 @@ GEOSSL_API int geossl_gaussians_project_cuda(int device, void* stream, int is_do
     return gpu::launch(project_kernel, blocks_for(batch * cameras * count, kThreads), dim3(kThreads), 0, as_stream(stream), scene, out);
   });
 }
+GEOSSL_PACKED(geossl_gaussians_project_cuda)
 
 GEOSSL_API int geossl_gaussians_project_backward_cuda(
     int device, void* stream, int is_double, const void* means, const void* quats, const void* scales, const void* covars,
@@ -191,6 +192,7 @@ GEOSSL_API int geossl_gaussians_project_backward_cuda(
     return gpu::launch(project_gradient_kernel, blocks_for(blocks, 1), dim3(kThreads), 0, as_stream(stream), scene, gradients, out);
   });
 }
+GEOSSL_PACKED(geossl_gaussians_project_backward_cuda)
 
 GEOSSL_API int geossl_gaussians_emit_cuda(int device, void* stream, const void* means2d, const void* conics, const void* opacities,
                                           const void* depths, const int32_t* radii, int64_t images, int64_t count, int width, int height,
@@ -205,6 +207,7 @@ GEOSSL_API int geossl_gaussians_emit_cuda(int device, void* stream, const void* 
                        static_cast<uint64_t*>(rows));
   });
 }
+GEOSSL_PACKED(geossl_gaussians_emit_cuda)
 
 GEOSSL_API int geossl_gaussians_tile_ranges_cuda(int device, void* stream, const void* keys, const void* rows, int64_t entries, int64_t tiles,
                                                  int32_t* ids, int32_t* places, int64_t* tile_starts) {
@@ -216,3 +219,4 @@ GEOSSL_API int geossl_gaussians_tile_ranges_cuda(int device, void* stream, const
                        static_cast<const uint64_t*>(rows), entries, tiles, ids, places, tile_starts);
   });
 }
+GEOSSL_PACKED(geossl_gaussians_tile_ranges_cuda)

@@ -283,6 +283,7 @@ GEOSSL_API int geossl_gaussians_composite_cuda(int device, void* stream, int is_
     return gpu::launch(composite_kernel, blocks_for(d.tiles(), 1), dim3(kThreads), 0, as_stream(stream), d, out);
   });
 }
+GEOSSL_PACKED(geossl_gaussians_composite_cuda)
 
 GEOSSL_API int geossl_gaussians_composite_backward_cuda(
     int device, void* stream, int is_double, const void* means2d, const void* conics, const void* opacities, const void* features,
@@ -311,3 +312,4 @@ GEOSSL_API int geossl_gaussians_composite_backward_cuda(
     return gpu::launch(add_slots_kernel, blocks_for(numbers, 256), dim3(256), 0, s, d, static_cast<const float*>(to(slots)), out);
   });
 }
+GEOSSL_PACKED(geossl_gaussians_composite_backward_cuda)

@@ -150,6 +150,7 @@ GEOSSL_API int geossl_group_cuda(int device, void* stream, int64_t row_bytes, co
     return gather<char>(features, row_bytes, n, index, entries, all, fill, out, s);
   });
 }
+GEOSSL_PACKED(geossl_group_cuda)
 
 GEOSSL_API int geossl_group_relative_cuda(int device, void* stream, int is_double, const void* points, int64_t n, int64_t batch,
                                           const void* centers, int64_t queries, const void* features, int64_t channels, const int64_t* index,
@@ -165,6 +166,7 @@ GEOSSL_API int geossl_group_relative_cuda(int device, void* stream, int is_doubl
     return gpu::launch(relative_kernel<T>, blocks_for(work, kThreads), dim3(kThreads), 0, as_stream(stream), r, static_cast<T*>(out));
   });
 }
+GEOSSL_PACKED(geossl_group_relative_cuda)
 
 GEOSSL_API int geossl_group_backward_cuda(int device, void* stream, int is_double, const void* grad, int64_t channels, int64_t n, int64_t batch,
                                           const int64_t*, int64_t entries, const int64_t* order, const int64_t* starts, void* out) {
@@ -178,6 +180,7 @@ GEOSSL_API int geossl_group_backward_cuda(int device, void* stream, int is_doubl
                        static_cast<const T*>(grad), channels, rows, order, starts, static_cast<T*>(out));
   });
 }
+GEOSSL_PACKED(geossl_group_backward_cuda)
 
 // See geossl/ops/neighbors.py for the arguments of both.
 GEOSSL_API int geossl_neighbor_distance_cuda(int device, void* stream, int is_double, const void* query, int64_t queries, const void* points,
@@ -192,6 +195,7 @@ GEOSSL_API int geossl_neighbor_distance_cuda(int device, void* stream, int is_do
     return gpu::launch(distance_kernel<T>, blocks_for(entries, kThreads), dim3(kThreads), 0, as_stream(stream), pairs, static_cast<T*>(out));
   });
 }
+GEOSSL_PACKED(geossl_neighbor_distance_cuda)
 
 GEOSSL_API int geossl_neighbor_distance_backward_cuda(int device, void* stream, int is_double, const void* query, int64_t queries,
                                                       const void* points, int64_t n, int64_t batch, const int64_t* index, int64_t k,
@@ -213,3 +217,4 @@ GEOSSL_API int geossl_neighbor_distance_backward_cuda(int device, void* stream, 
     return error;
   });
 }
+GEOSSL_PACKED(geossl_neighbor_distance_backward_cuda)

@@ -81,6 +81,7 @@ GEOSSL_API int geossl_interpolate_cuda(int device, void* stream, int is_double, 
     return gpu::launch(interpolate_kernel<T>, blocks_for(work, kThreads), dim3(kThreads), 0, as_stream(stream), job, static_cast<T*>(out));
   });
 }
+GEOSSL_PACKED(geossl_interpolate_cuda)
 
 GEOSSL_API int geossl_interpolate_backward_cuda(int device, void* stream, int is_double, const void* grad, const void* features,
                                                 int64_t channels, int64_t n, int64_t batch, const int64_t* index, const void* weight,
@@ -103,3 +104,4 @@ GEOSSL_API int geossl_interpolate_backward_cuda(int device, void* stream, int is
     return error;
   });
 }
+GEOSSL_PACKED(geossl_interpolate_backward_cuda)

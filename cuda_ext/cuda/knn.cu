@@ -115,6 +115,7 @@ GEOSSL_API int geossl_knn_cuda(int device, void* stream, int is_double, const vo
     return launch(search, as_stream(stream));
   });
 }
+GEOSSL_PACKED(geossl_knn_cuda)
 
 GEOSSL_API int geossl_ball_query_cuda(int device, void* stream, int is_double, const void* query, const int64_t* query_offsets,
                                       const int64_t* query_lengths, int64_t queries, const void* points, const int64_t* offsets,
@@ -131,3 +132,4 @@ GEOSSL_API int geossl_ball_query_cuda(int device, void* stream, int is_double, c
     return launch(search, as_stream(stream));
   });
 }
+GEOSSL_PACKED(geossl_ball_query_cuda)

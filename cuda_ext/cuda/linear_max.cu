@@ -71,3 +71,4 @@ GEOSSL_API int geossl_linear_max_backward_cuda(int device, void* stream, int is_
     return error;
   });
 }
+GEOSSL_PACKED(geossl_linear_max_backward_cuda)

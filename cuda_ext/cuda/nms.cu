@@ -132,3 +132,4 @@ GEOSSL_API int geossl_centrality_nms_cuda(int device, void* stream, int type, co
     return launch(Problem<T>{static_cast<const T*>(points), clouds, rows, r * r, cap, last, keep, count}, as_stream(stream));
   });
 }
+GEOSSL_PACKED(geossl_centrality_nms_cuda)

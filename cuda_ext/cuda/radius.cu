@@ -123,6 +123,7 @@ GEOSSL_API int geossl_radius_count_cuda(int device, void* stream, int is_double,
     return gpu::launch(count_kernel<T>, blocks_for(search.rows, kWarps), dim3(kThreads), 0, as_stream(stream), search, count);
   });
 }
+GEOSSL_PACKED(geossl_radius_count_cuda)
 
 GEOSSL_API int geossl_radius_fill_cuda(int device, void* stream, int is_double, const void* query, const int64_t* query_offsets,
                                        const int64_t* query_lengths, int64_t queries, const void* points, const int64_t* offsets,
@@ -140,3 +141,4 @@ GEOSSL_API int geossl_radius_fill_cuda(int device, void* stream, int is_double, 
                        static_cast<T*>(distance));
   });
 }
+GEOSSL_PACKED(geossl_radius_fill_cuda)

@@ -68,3 +68,4 @@ GEOSSL_API int geossl_rope_2d_cuda(int device, void* stream, int type, const voi
     default: return run<float, float>(stream, r, x, table, out);
   }
 }
+GEOSSL_PACKED(geossl_rope_2d_cuda)

@@ -129,6 +129,7 @@ GEOSSL_API int geossl_segment_sum_cuda(int device, void* stream, int is_double, 
     return launch(sum_kernel<T>, static_cast<T*>(out), count);
   });
 }
+GEOSSL_PACKED(geossl_segment_sum_cuda)
 
 GEOSSL_API int geossl_segment_extreme_cuda(int device, void* stream, int is_double, const void* x, int64_t rows, int64_t channels,
                                            const int64_t*, const int64_t* starts, const int64_t* order, int64_t size, int largest, double fill,
@@ -139,6 +140,7 @@ GEOSSL_API int geossl_segment_extreme_cuda(int device, void* stream, int is_doub
     return launch(largest ? extreme_kernel<true, T> : extreme_kernel<false, T>, static_cast<T>(fill), static_cast<T*>(out), arg);
   });
 }
+GEOSSL_PACKED(geossl_segment_extreme_cuda)
 
 GEOSSL_API int geossl_segment_softmax_cuda(int device, void* stream, int is_double, const void* x, int64_t rows, int64_t channels,
                                            const int64_t*, const int64_t* starts, const int64_t* order, int64_t size, void* out) {
@@ -148,6 +150,7 @@ GEOSSL_API int geossl_segment_softmax_cuda(int device, void* stream, int is_doub
     return launch(softmax_kernel<T>, static_cast<T*>(out));
   });
 }
+GEOSSL_PACKED(geossl_segment_softmax_cuda)
 
 GEOSSL_API int geossl_segment_logsumexp_cuda(int device, void* stream, int is_double, const void* x, int64_t rows, int64_t channels,
                                              const int64_t*, const int64_t* starts, const int64_t* order, int64_t size, void* out) {
@@ -157,3 +160,4 @@ GEOSSL_API int geossl_segment_logsumexp_cuda(int device, void* stream, int is_do
     return launch(logsumexp_kernel<T>, static_cast<T*>(out));
   });
 }
+GEOSSL_PACKED(geossl_segment_logsumexp_cuda)

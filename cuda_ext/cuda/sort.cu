@@ -21,3 +21,4 @@ GEOSSL_API int geossl_sort_pairs_cuda(int device, void* stream, int wide, void* 
     return error;
   });
 }
+GEOSSL_PACKED(geossl_sort_pairs_cuda)

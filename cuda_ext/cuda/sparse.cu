@@ -36,3 +36,4 @@ GEOSSL_API int geossl_find_keys_cuda(int device, void* stream, const int64_t* ke
                        count, wanted, rows, wanted_count, shifts, shift_count, out);
   });
 }
+GEOSSL_PACKED(geossl_find_keys_cuda)

@@ -394,6 +394,7 @@ GEOSSL_API int geossl_tree_keys_cuda(int device, void* stream, int is_double, co
     return error != cudaSuccess ? error : gpu::launch(keys_kernel<T>, blocks_for(rows, kThreads), dim3(kThreads), 0, st, s);
   });
 }
+GEOSSL_PACKED(geossl_tree_keys_cuda)
 
 GEOSSL_API int geossl_tree_build_cuda(int device, void* stream, int is_double, const void* points, const int64_t* offsets, const int64_t* lengths,
                                       int64_t n, int64_t batch, const int64_t* order, const int64_t* leaf_begin, int64_t leaves,
@@ -412,6 +413,7 @@ GEOSSL_API int geossl_tree_build_cuda(int device, void* stream, int is_double, c
     return error;
   });
 }
+GEOSSL_PACKED(geossl_tree_build_cuda)
 
 GEOSSL_API int geossl_tree_search_cuda(int device, void* stream, int is_double, const void* query, const int64_t* query_offsets,
                                        const int64_t* query_lengths, int64_t queries, const void* points, const int64_t* offsets,
@@ -429,3 +431,4 @@ GEOSSL_API int geossl_tree_search_cuda(int device, void* stream, int is_double, 
     return launch_search(s, make_tree<T>(leaf_begin, leaves, coordinates, rows, boxes, numbers), as_stream(stream));
   });
 }
+GEOSSL_PACKED(geossl_tree_search_cuda)

@@ -172,6 +172,7 @@ GEOSSL_API int geossl_voxel_bounds_cuda(int device, void* stream, int is_double,
                        points_from<T>(points, offsets, lengths, n, batch), Limits<T>(range), parts, bounds);
   });
 }
+GEOSSL_PACKED(geossl_voxel_bounds_cuda)
 
 GEOSSL_API int geossl_voxel_keys_cuda(int device, void* stream, int is_double, const void* points, const int64_t* offsets, const int64_t* lengths,
                                       int64_t n, int64_t batch, const double* grid, const double* bounds, const int64_t* frames, int order,
@@ -192,6 +193,7 @@ GEOSSL_API int geossl_voxel_keys_cuda(int device, void* stream, int is_double, c
     return is_double ? launch(double{}) : launch(float{});
   });
 }
+GEOSSL_PACKED(geossl_voxel_keys_cuda)
 
 GEOSSL_API int geossl_voxel_heads_cuda(int device, void* stream, int wide, const void* keys, int64_t count, int64_t total, int64_t* heads) {
   using namespace geossl;
@@ -202,6 +204,7 @@ GEOSSL_API int geossl_voxel_heads_cuda(int device, void* stream, int wide, const
                        count, total, heads);
   });
 }
+GEOSSL_PACKED(geossl_voxel_heads_cuda)
 
 GEOSSL_API int geossl_voxel_starts_cuda(int device, void* stream, int wide, const void* keys, const void* rows, int64_t count, int64_t total,
                                         const int64_t* numbers, int64_t* starts, int64_t* firsts) {
@@ -213,6 +216,7 @@ GEOSSL_API int geossl_voxel_starts_cuda(int device, void* stream, int wide, cons
                        static_cast<const Word*>(rows), count, total, numbers, starts, firsts);
   });
 }
+GEOSSL_PACKED(geossl_voxel_starts_cuda)
 
 GEOSSL_API int geossl_voxel_fill_cuda(int device, void* stream, int wide, const void* keys, const void* rows, int64_t count, int64_t total,
                                       const int64_t* numbers, const int64_t* starts, const int64_t* rank, const int64_t* row_splits,
@@ -225,6 +229,7 @@ GEOSSL_API int geossl_voxel_fill_cuda(int device, void* stream, int wide, const 
                        static_cast<const Word*>(rows), count, total, numbers, starts, rank, row_splits, inverse, perm);
   });
 }
+GEOSSL_PACKED(geossl_voxel_fill_cuda)
 
 GEOSSL_API int geossl_voxel_coords_cuda(int device, void* stream, int is_double, const void* points, const int64_t* offsets, const int64_t* lengths,
                                         int64_t n, int64_t batch, const double* grid, const int64_t* perm, const int64_t* row_splits,
@@ -238,6 +243,7 @@ GEOSSL_API int geossl_voxel_coords_cuda(int device, void* stream, int is_double,
                        points_from<T>(points, offsets, lengths, n, batch), grid_from(grid), perm, row_splits, voxels, coords);
   });
 }
+GEOSSL_PACKED(geossl_voxel_coords_cuda)
 
 GEOSSL_API int geossl_voxel_corners_cuda(int device, void* stream, int is_double, const void* points, const int64_t* offsets, const int64_t* lengths,
                                          int64_t n, int64_t batch, const double* grid, const int32_t* coords, int64_t voxels, int64_t* table,
@@ -258,3 +264,4 @@ GEOSSL_API int geossl_voxel_corners_cuda(int device, void* stream, int is_double
     return error;
   });
 }
+GEOSSL_PACKED(geossl_voxel_corners_cuda)

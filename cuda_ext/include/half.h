@@ -50,9 +50,8 @@ GEOSSL_HD void narrow(float value, Half& to) {
   const uint32_t bits = bits_of(value), size = bits & 0x7fffffffu;
   const uint32_t normal = (size - (112u << 23) + 0xfffu + (size >> 13 & 1u)) >> 13;        // may round up to infinity, as it should
   const uint32_t subnormal = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);               // 0.5 has 2^-24, float16's finest step, as its last bit
-  const uint32_t special = size > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t found = size >= 143u << 23 ? special : size < 113u << 23 ? subnormal : normal;
-  to.bits = static_cast<uint16_t>(found | (bits >> 16 & 0x8000u));
+  const uint32_t found = size >= 143u << 23 ? 0x7c00u : size < 113u << 23 ? subnormal : normal;
+  to.bits = static_cast<uint16_t>(size > 0x7f800000u ? 0x7e00u : found | (bits >> 16 & 0x8000u));  // one NaN, whose sign means nothing
 }
 
 // What the C interface calls the types (geossl/ops/rope.py).

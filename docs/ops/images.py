@@ -222,8 +222,25 @@ def gaussians() -> Figure:
     return made
 
 
+def rope() -> Figure:
+    """Products of one query with the same key at every patch: they follow the query, as only differences of positions count."""
+    side, dim = 14, 64
+    positions = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2)
+    table = ops.rope_2d_table(positions, dim)
+    tokens = ops.rope_2d(torch.ones(side * side, 1, dim), table)[:, 0]
+    titles = ["angle of a pair of the row", "angle of a pair of the column", "products with one query", "with another"]
+    made, (a, b, c, d) = figure(4, titles, spatial=False)
+    angles = torch.atan2(table[:, 1], table[:, 0]).view(side, side, 2, dim // 4)
+    for axis, panel in enumerate((a, b)):
+        panel.imshow(angles[:, :, axis, 4].numpy(), cmap="twilight")
+    for panel, place in ((c, (3, 4)), (d, (10, 8))):
+        panel.imshow((tokens @ tokens[place[0] * side + place[1]]).view(side, side).numpy(), cmap="viridis", vmin=-10, vmax=dim)
+        panel.plot(place[1], place[0], marker="*", color=RED, markersize=12)
+    return made
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
-    made.__name__: made for made in (sampling, neighbors, grouping, chamfer, voxels, segments, sparse, gaussians)
+    made.__name__: made for made in (sampling, neighbors, grouping, chamfer, voxels, segments, sparse, gaussians, rope)
 }  # fmt: skip
 
 

@@ -120,6 +120,7 @@ def extract_features(
     Raises:
         DataError: a cloud is empty, has NaN rows or cannot be read; the message names the file or the position.
         CheckpointError: the model cannot be loaded.
+        TypeError: the model reads images.
 
     Example:
         >>> features = geossl.extract_features("runs/mine", "scans/", output="points")
@@ -131,6 +132,11 @@ def extract_features(
     if points is not None and points < 1:
         raise ValueError(f"points must be at least 1, got {points}")
     backbone = resolve_backbone(model)
+    if not hasattr(backbone, "in_channels"):
+        raise TypeError(
+            f"extract_features is for encoders of point clouds; {type(backbone).__name__} reads images: use extract_image_features, "
+            "extract_pair_features, or extract_scene_features for points seen in posed images"
+        )
     is_file = isinstance(source, str | os.PathLike) and Path(source).exists()
     of_events = isinstance(backbone, VolumePointViT)
     normalize = is_file and not of_events if normalize is None else normalize

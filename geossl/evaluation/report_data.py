@@ -16,6 +16,7 @@ from geossl.data.files import atomic_write, write_json
 from geossl.evaluation.event_pictures import principal_colors, save_event_pictures
 from geossl.evaluation.extract import interpolate
 from geossl.evaluation.features import device_of, frozen, read_tokens
+from geossl.evaluation.pair_pictures import add_pair_pictures
 from geossl.evaluation.prober import Prober
 from geossl.evaluation.probes import probe
 from geossl.evaluation.segmentation import SegmentationScores
@@ -109,6 +110,7 @@ def _save_pictures(folder: Path, module: Any, dataset: Any, count: int, seed: in
     with frozen(module):
         made = module.pictures(batch, generator=torch.Generator(device).manual_seed(seed))
         if isinstance(batch, ImageBatch):
+            add_pair_pictures(module, batch, made)
             save_images(folder / "images.npz", names, made)
             return
         clouds = batch.points

@@ -1,4 +1,4 @@
-"""Shared layers: attention, the transformer block, token embeddings, position codes, masks, likeness of images, the DPT head.
+"""Shared layers: attention, the transformer block, token embeddings, position codes, masks, the DPT head, pictures and points.
 
 They know nothing of models or methods.
 """
@@ -8,6 +8,7 @@ from geossl.layers.block import Block, BlockStack, CrossBlock, init_transformer_
 from geossl.layers.dpt import DPTHead
 from geossl.layers.gathered_regression import gathered_regression_loss
 from geossl.layers.image_metrics import l1, psnr, ssim
+from geossl.layers.lifting import LiftedFeatures, lift_features, visible_in
 from geossl.layers.masking import block_mask, random_mask, weighted_mask
 from geossl.layers.norm import BatchNorm, BatchwideNorm, share_of_rows
 from geossl.layers.packed_token_embedding import PackedTokenEmbedding
@@ -29,6 +30,7 @@ __all__ = [
     "CrossAttention",
     "CrossBlock",
     "DPTHead",
+    "LiftedFeatures",
     "PackedTokenEmbedding",
     "PointTokenEmbedding",
     "PositionMLP",
@@ -44,6 +46,7 @@ __all__ = [
     "gathered_regression_loss",
     "init_transformer_weights",
     "l1",
+    "lift_features",
     "project_views",
     "psnr",
     "random_mask",
@@ -52,5 +55,6 @@ __all__ = [
     "share_of_rows",
     "splat_depth",
     "ssim",
+    "visible_in",
     "weighted_mask",
 ]

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from geossl.ops import rope_2d
 
+MOST_CALLS = 4
+"""Calls of attention, one for each run of equal lengths, above which a GPU takes padded samples instead."""
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -90,8 +93,8 @@ def packed_attention(
 ) -> Tensor:
     """Attention in which every sample sees only itself.
 
-    Samples of equal lengths run together, so nothing is padded and no mask is built. Of different lengths, the CPU takes one after the
-    other; a GPU, for which that would be many small calls, takes them padded and masked.
+    Samples of equal lengths that follow each other run together, so nothing is padded and no mask is built. Runs of different lengths are
+    taken one after the other; a GPU, for which more than a few would be many small calls, then takes all padded and masked.
 
     Args:
         query: ``[Tq, H, D]`` packed by ``query_segments``.
@@ -108,9 +111,9 @@ def packed_attention(
     """
     width = query.shape[1] * query.shape[2]
     sizes = list(zip(query_segments.lengths, key_segments.lengths, strict=True))
-    if len(set(sizes)) > 1 and query.device.type != "cpu":
-        return padded_attention(query, key, value, query_segments, key_segments, masks=masks, dropout=dropout)
     runs = [(*size, len(list(same))) for size, same in itertools.groupby(sizes)]
+    if len(runs) > MOST_CALLS and query.device.type != "cpu":
+        return padded_attention(query, key, value, query_segments, key_segments, masks=masks, dropout=dropout)
     queries = query.split([asked * samples for asked, _, samples in runs])
     keys, values = (x.split([seen * samples for _, seen, samples in runs]) for x in (key, value))
     outputs, first = [], 0
@@ -271,3 +274,23 @@ class CrossAttention(nn.Module):
         if rope is not None and memory_rope is not None:
             q, k = rope_2d(q, rope), rope_2d(k, memory_rope)
         return self.proj(packed_attention(q, k, v, segments, memory_segments))
+
+    def weights(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        segments: Segments,
+        memory_segments: Segments,
+        *,
+        rope: Tensor | None = None,
+        memory_rope: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The softmax weights of each sample's tokens over its memory, ``[H, n, m]`` float32, rows summing to 1; see :meth:`forward`."""
+        q = self.q(x).view(-1, self.heads, x.shape[1] // self.heads).float()
+        k = self.kv(memory)[:, : memory.shape[1]].view(-1, self.heads, memory.shape[1] // self.heads).float()
+        if rope is not None and memory_rope is not None:
+            q, k = rope_2d(q, rope), rope_2d(k, memory_rope)
+        return [
+            (query.transpose(0, 1) * query.shape[-1] ** -0.5 @ key.permute(1, 2, 0)).softmax(-1)
+            for query, key in zip(q.split(list(segments.lengths)), k.split(list(memory_segments.lengths)), strict=True)
+        ]

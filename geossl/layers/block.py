@@ -144,7 +144,7 @@ class CrossBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         segments: Segments,
         memory_segments: Segments,
         rows: Tensor | None = None,
@@ -156,7 +156,7 @@ class CrossBlock(nn.Module):
 
         Args:
             x: ``[T, C]`` packed by ``segments``.
-            memory: ``[M, C]`` packed by ``memory_segments``, as many samples.
+            memory: ``[M, C]`` packed by ``memory_segments``, as many samples. None leaves the cross-attention out.
             segments: Rows of each sample.
             memory_segments: Rows of the memory of each sample.
             rows: Rows whose output is wanted, see :class:`Block`.
@@ -172,7 +172,8 @@ class CrossBlock(nn.Module):
             x, segments = x.index_select(0, rows), row_segments
             rope = None if rope is None else rope.index_select(0, rows % rope.shape[0])
         x = x + attended
-        x = x + self.cross_attn(self.norm2(x), self.norm_memory(memory), segments, memory_segments, rope=rope, memory_rope=memory_rope)
+        if memory is not None:
+            x = x + self.cross_attn(self.norm2(x), self.norm_memory(memory), segments, memory_segments, rope=rope, memory_rope=memory_rope)
         return x + self.mlp(self.norm3(x))
 
 

@@ -57,10 +57,15 @@ class CroCoConfig:
     """Count hidden patches only; false counts all of them."""
     symmetric: bool = False
     """Complete each image of a pair with the help of the other, instead of the first one only: twice the work a pair."""
+    single_view: bool = False
+    """Complete without the second image: a masked autoencoder of single images with the same network, the comparison that shows what the
+    second view gives. The cross-attention is left as it was initialised."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ConfigError(f"mask_ratio must lie strictly between 0 and 1, got {self.mask_ratio}")
+        if self.symmetric and self.single_view:
+            raise ConfigError("symmetric completes both images of a pair, single_view knows no pair; choose one of them")
 
     def build(self, backbone: nn.Module) -> CroCo:
         """Create the method around ``backbone`` with fresh decoder weights."""
@@ -113,16 +118,25 @@ class CroCo(nn.Module):
         Raises:
             ValueError: there is no reference, or images or mask are not as they should be.
         """
-        if batch.reference is None:
-            raise ValueError("CroCo completes an image with the help of a second one, but the batch has no reference; use data of pairs")
-        one, other = self.backbone.cut(batch.image, "image"), self.backbone.cut(batch.reference, "reference")
-        if self.config.symmetric:
+        one, other = self._cut(batch)
+        if self.config.symmetric and other is not None:
             one, other = one.join(other), other.join(one)
         hidden = self.count_hidden(one) if mask is None else check_mask(mask, one)
         mask = self.draw_mask(one, BatchRandom.of(batch, generator)) if mask is None else mask
         found = self.complete(one, other, mask, hidden, all_patches=not self.config.masked_loss)
         loss = (found.prediction - found.target).square().mean()  # patches are equally large
         return Output(loss, {}, {"mask": mask, "prediction": found.prediction.detach()})
+
+    def _cut(self, batch: ImageBatch) -> tuple[ImagePatches, ImagePatches | None]:
+        """The patches of the images, and of the second images where they are read."""
+        one = self.backbone.cut(batch.image, "image")
+        if self.config.single_view:
+            return one, None
+        if batch.reference is None:
+            raise ValueError(
+                "CroCo completes an image with the help of a second one, but the batch has no reference; use data of pairs, or single_view"
+            )
+        return one, self.backbone.cut(batch.reference, "reference")
 
     def count_hidden(self, patches: ImagePatches) -> int:
         """How many patches of each image are hidden.
@@ -144,12 +158,14 @@ class CroCo(nn.Module):
         drawn = [random_mask(segments, self.config.mask_ratio, random, patches.pixels.device) for _ in range(draws)]
         return torch.cat(drawn).view(-1, cells)
 
-    def complete(self, one: ImagePatches, other: ImagePatches, mask: Tensor, hidden: int, *, all_patches: bool = False) -> Completion:
+    def complete(
+        self, one: ImagePatches, other: ImagePatches | None, mask: Tensor, hidden: int, *, all_patches: bool = False
+    ) -> Completion:
         """Predict the hidden patches of images with the help of others; nothing hidden is read.
 
         Args:
             one: Images to complete, whole.
-            other: Images to look at, whole, as many and as large.
+            other: Images to look at, whole, as many and as large; None: there are none.
             mask: Hidden patches of ``one``, ``[images, cells]`` bool.
             hidden: How many each row hides. Shapes follow from it, so that no device has to be asked.
             all_patches: Predict the visible ones too.
@@ -163,8 +179,8 @@ class CroCo(nn.Module):
         visible_rows, hidden_rows = order[:, : cells - hidden].flatten(), order[:, cells - hidden :].flatten()
         visible = one.keep(visible_rows, Segments((cells - hidden,) * images))
         # Both images go through the encoder together, so that its weights are read, and their gradients added up, once.
-        encoded = self.decoder.embed(self.backbone.encode(other.join(visible)))
-        memory, seen = encoded.tensor_split([images * cells])
+        encoded = self.decoder.embed(self.backbone.encode(visible if other is None else other.join(visible)))
+        memory, seen = (None, encoded) if other is None else encoded.tensor_split([images * cells])
         tokens = self.mask_token.to(encoded.dtype).expand(images * cells, -1).index_copy(0, visible_rows, seen)
         only = (None, None) if all_patches else (hidden_rows, Segments((hidden,) * images))
         decoded = self.decoder(tokens, memory, one.grid, rows=only[0], row_segments=only[1])
@@ -180,18 +196,18 @@ class CroCo(nn.Module):
         return ((true - mean) / deviation if self.config.norm_pix_loss else true), mean, deviation
 
     @torch.no_grad()
-    def reconstruct(self, image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    def reconstruct(self, image: Tensor, reference: Tensor | None, mask: Tensor) -> Tensor:
         """Complete images, shown as the network makes them: visible patches are predicted too, not copied.
 
         Args:
             image: ``[B, 3, H, W]``, normalised.
-            reference: The second images, as large.
+            reference: The second images, as large; not read with ``single_view``.
             mask: Hidden patches, ``[B, cells]`` bool.
 
         Returns:
             ``[B, 3, H, W]`` float32, normalised like the input. With ``norm_pix_loss``, mean and deviation are those of the true patch.
         """
-        one, other = self.backbone.cut(image, "image"), self.backbone.cut(reference, "reference")
+        one, other = self._cut(ImageBatch(image, reference))
         found = self.complete(one, other, mask, check_mask(mask, one), all_patches=True)
         pixels = found.prediction * found.deviation + found.mean if self.config.norm_pix_loss else found.prediction
         patch = self.backbone.config.patch
@@ -202,25 +218,24 @@ class CroCo(nn.Module):
         """What the method sees and makes of the first image of each pair, for a report.
 
         Returns:
-            For each pair ``image``, ``masked`` (hidden patches grey), ``reference`` and ``completion`` (see :meth:`reconstruct`), float32
-            ``[H, W, 3]`` in 0..1, and ``error [H, W]``, the mean absolute difference of completion and image.
+            For each pair ``image``, ``masked`` (hidden patches grey), ``reference`` (not with ``single_view``) and ``completion`` (see
+            :meth:`reconstruct`), float32 ``[H, W, 3]`` in 0..1, and ``error [H, W]``, the mean absolute difference of completion and image.
         """
-        if batch.reference is None:
-            raise ValueError("CroCo completes an image with the help of a second one, but the batch has no reference; use data of pairs")
-        whole = self.backbone.cut(batch.image, "image")
+        whole, _ = self._cut(batch)
         self.count_hidden(whole)
         mask = self.draw_mask(whole, BatchRandom.of(batch, generator))
         made = self.reconstruct(batch.image, batch.reference, mask)
-        image, reference, completion = (denormalize_images(x.float()).clamp(0, 1) for x in (batch.image, batch.reference, made))
+        image, completion = (denormalize_images(x.float()).clamp(0, 1) for x in (batch.image, made))
         hidden = to_map(mask.view(-1, 1), whole.grid)
         hidden = hidden.repeat_interleave(self.backbone.config.patch, 2).repeat_interleave(self.backbone.config.patch, 3)
         shown = {
             "image": image,
             "masked": image.masked_fill(hidden, 0.5),
-            "reference": reference,
             "completion": completion,
             "error": (completion - image).abs().mean(1),
         }
+        if batch.reference is not None and not self.config.single_view:
+            shown["reference"] = denormalize_images(batch.reference.float()).clamp(0, 1)
         arrays = {name: (x.movedim(1, -1) if x.dim() == 4 else x).cpu().numpy() for name, x in shown.items()}
         return [{name: x[i] for name, x in arrays.items()} for i in range(len(batch))]
 

@@ -12,7 +12,7 @@ works for images of any size alike. Downstream models on pairs of images keep en
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -437,7 +437,7 @@ class CroCoDecoder(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         grid: tuple[int, int],
         *,
         rows: Tensor | None = None,
@@ -448,7 +448,7 @@ class CroCoDecoder(nn.Module):
 
         Args:
             x: Tokens of all patches of the images that are completed, ``[B * cells, dim]``, after ``embed`` (or mask tokens).
-            memory: The same of the images that are read, after ``embed``.
+            memory: The same of the images that are read, after ``embed``. None: nothing is read, the tokens see each other alone.
             grid: Rows and columns of patches of each image.
             rows: Tokens whose output is wanted from the last block, ``[R]`` ascending int64; None: all.
             row_segments: How many of ``rows`` each image has; needed with ``rows``.
@@ -460,7 +460,8 @@ class CroCoDecoder(nn.Module):
         segments = Segments((grid[0] * grid[1],) * (x.shape[0] // (grid[0] * grid[1])))
         added, rope = self.position.added(grid), self.position.rotations(grid, x)
         if added is not None:
-            x, memory = ((part.unflatten(0, (-1, added.shape[0])) + added).flatten(0, 1) for part in (x, memory))
+            x = (x.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
+            memory = None if memory is None else (memory.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             only = (rows, row_segments) if i == last else (None, None)
@@ -526,6 +527,29 @@ class CroCoPair(nn.Module):
             last = self.decoder(x, memory, one.grid, intermediates=decoded)
             outputs += [*decoded[:-1], last]
         return [to_map(outputs[i], one.grid) for i in chosen]
+
+    @torch.no_grad()
+    def cross_attention(self, image: Tensor, reference: Tensor) -> Tensor:
+        """How much each patch of ``image`` looks at each patch of ``reference``: the mean over all blocks and heads of the decoder.
+
+        Returns:
+            ``[B, cells, cells]`` float32, rows summing to 1; :func:`geossl.evaluation.match_patches` turns it into matches.
+
+        Raises:
+            ValueError: see :meth:`forward`.
+        """
+        found: list[Tensor] = []
+
+        def collect(module: Any, args: Any, kwargs: Any) -> None:
+            found.append(torch.stack([weights.mean(0) for weights in module.weights(*args, **kwargs)]))
+
+        handles = [block.cross_attn.register_forward_pre_hook(collect, with_kwargs=True) for block in cast(Any, self.decoder.blocks)]
+        try:
+            self(image, reference, [-1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(found).mean(0)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed beyond the 1-D ones: none."""

@@ -1,8 +1,8 @@
 """Native operators on point clouds: checked, documented, differentiable, the same on every device.
 
 Each takes padded clouds ``[B, N, 3]`` (with optional ``lengths [B]``) or packed ones ``[M, 3]`` with ``offsets [B + 1]``, and gives the
-same bits for both. Kernels are in ``cuda_ext/``, their plain-torch twins in :mod:`geossl.ops.reference`; :func:`native_info` says what is
-loaded.
+same bits for both; :func:`rope_2d` alone works on the tokens of images. Kernels are in ``cuda_ext/``, their plain-torch twins in
+:mod:`geossl.ops.reference`; :func:`native_info` says what is loaded.
 """
 
 from geossl.ops._native import native_info

@@ -42,10 +42,9 @@ def points(
         any_channels: Take any number of columns, at least 1 and as many as ``like`` has, instead of 3.
         integers: Take int32 and int64 as well, as they are.
     """
-    if value.__class__ is Tensor and value.dtype is torch.float32 and value.dim() == (2 if packed else 3):
-        channels = value.shape[-1]
-        fits = like is None or (like.dtype is torch.float32 and like.device == value.device and like.shape[-1] == channels)
-        if fits and (channels == 3 or (any_channels and channels > 0)):
+    if like is None and value.__class__ is Tensor and value.dtype is torch.float32:
+        shape = value.shape
+        if len(shape) == (2 if packed else 3) and (shape[-1] == 3 or (any_channels and shape[-1] > 0)):
             return value  # the usual case, soon over
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of coordinates, got {describe(value)}; convert it with torch.as_tensor")
@@ -73,6 +72,19 @@ def points(
     return value
 
 
+def two_clouds(
+    op: str, names: tuple[str, str], one: Tensor, other: Tensor, packed: bool, any_channels: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Check the coordinates of two clouds, which must share their type, device and number of channels; see :func:`points`."""
+    if one.__class__ is Tensor is other.__class__ and one.dtype is torch.float32 is other.dtype and one.device == other.device:
+        shape, others = one.shape, other.shape
+        alike = len(shape) == len(others) == (2 if packed else 3) and shape[-1] == others[-1]
+        if alike and (shape[-1] == 3 or (any_channels and shape[-1] > 0)):
+            return one, other  # the usual case, soon over
+    one = points(op, names[0], one, packed, any_channels=any_channels)
+    return one, points(op, names[1], other, packed, like=one, any_channels=any_channels)
+
+
 def same_device(op: str, name: str, value: Tensor, like: Tensor) -> None:
     """Check that a tensor lies on the device of the points."""
     if value.device != like.device:
@@ -81,6 +93,8 @@ def same_device(op: str, name: str, value: Tensor, like: Tensor) -> None:
 
 def positive(op: str, name: str, given: Any) -> int:
     """Check a count of at least 1 and return it as an int."""
+    if given.__class__ is int and given > 0:
+        return given  # the usual case, soon over
     value = given
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
@@ -108,7 +122,7 @@ def radius(op: str, value: Any) -> float:
 
 def radius_or_radii(op: str, value: Any, query: Tensor) -> tuple[float, Tensor | None]:
     """Check one radius for all queries or one for each; return the first, inf if there are several, and the others."""
-    if not isinstance(value, Tensor):
+    if value.__class__ is float or not isinstance(value, Tensor):
         return radius(op, value), None
     if value.shape != query.shape[:-1] or not value.is_floating_point():
         raise ValueError(

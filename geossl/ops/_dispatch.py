@@ -19,7 +19,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from geossl.ops import _native
 
@@ -70,15 +74,14 @@ def define(
             torch.library.register_autocast(f"geossl::{name}", device, autocast, lib=LIBRARY)
     registered = getattr(torch.ops.geossl, name).default
 
-    def call(first: Tensor, *args: Any) -> Any:
+    def call(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            _refuse_tangents(name, (first, *args))
-        if not direct:
-            return registered(first, *args)
-        plain = not torch.compiler.is_compiling() and first.__class__ is Tensor and first.is_cpu and _forced is None
-        if plain and not _listening() and _native.available("cpu"):
-            return native("cpu", first, *args)
-        return registered(first, *args)
+            _refuse_tangents(name, args)
+        if direct and _forced is None and not is_compiling():
+            first = args[0]
+            if first.__class__ is Tensor and first.is_cpu and not _listening() and _native.available("cpu"):
+                return native("cpu", *args)
+        return registered(*args)
 
     return call
 
@@ -96,10 +99,7 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 def _listening() -> bool:
     """Return whether tracing (jit, fake tensors, make_fx), a functional transform (vmap, grad) or a profiler must see every call."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
+        _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None or peek_interpreter_stack() is not None or _profiler_enabled()
     )
 
 
@@ -122,7 +122,7 @@ def place(kind: _native.Kind, tensor: Tensor) -> tuple[int, ...]:
     return (torch.get_num_threads(),) if kind == "cpu" else (_native.device_index(tensor), _native.stream(tensor))
 
 
-def functions(name: str, *argtypes: Any) -> dict[str, _native.NativeFunction]:
+def functions(name: str, *argtypes: str) -> dict[str, _native.NativeFunction]:
     """Declare ``geossl_<name>_cpu`` and ``geossl_<name>_cuda``, which take the same arguments after those of :func:`place`."""
     return {
         "cpu": _native.function("cpu", f"geossl_{name}_cpu", _native.INT, *argtypes),
@@ -130,9 +130,9 @@ def functions(name: str, *argtypes: Any) -> dict[str, _native.NativeFunction]:
     }
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Return the address of a tensor's data, None for None."""
-    return None if tensor is None else tensor.data_ptr()
+def pointer(tensor: Tensor | None) -> int:
+    """Return the address of a tensor's data, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def inverse(index: Tensor, batch: int, rows: int) -> tuple[Tensor, Tensor]:

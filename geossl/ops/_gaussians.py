@@ -143,10 +143,10 @@ def _project_backward_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
     partial = None
     if kind == "cuda" and with_pose:
         partial = means.new_zeros(*viewmats.shape[:2], -(-means.shape[1] // 256), 12)
-    pointers = [t.data_ptr() if given is not None else None for t, given in zip(out[:5], scene[:5], strict=True)]
+    pointers = [t.data_ptr() if given is not None else 0 for t, given in zip(out[:5], scene[:5], strict=True)]
     _project_backward_c[kind](
         *_dispatch.place(kind, means), *_scene(*scene), *map(_dispatch.pointer, (radii, v_means2d, v_depths, v_conics, v_opacities)),
-        *pointers, out[5].data_ptr() if with_pose else None, _dispatch.pointer(partial),
+        *pointers, out[5].data_ptr() if with_pose else 0, _dispatch.pointer(partial),
     )  # fmt: skip
     if partial is not None:
         pose = torch.nn.functional.pad(partial.sum(2).unflatten(-1, (3, 4)), (0, 0, 0, 1))
@@ -244,7 +244,7 @@ def _bin_native(
     pairs = [t.data_ptr() for t in (keys, sorted_keys, rows, sorted_rows)]
     size = torch.zeros(1, dtype=torch.int64)
     bits = 32 + max(tile_count - 1, 1).bit_length()
-    _sort_cuda(*place, 1, None, size.data_ptr(), *pairs, ids.shape[0], bits)
+    _sort_cuda(*place, 1, 0, size.data_ptr(), *pairs, ids.shape[0], bits)
     temporary = torch.empty(int(size), dtype=torch.uint8, device=ids.device)
     _sort_cuda(*place, 1, temporary.data_ptr(), size.data_ptr(), *pairs, ids.shape[0], bits)
     _ranges_cuda(*place, sorted_keys.data_ptr(), sorted_rows.data_ptr(), ids.shape[0], tile_count, *lists)
@@ -292,7 +292,7 @@ def _composite_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]:
     check_background(arguments[5])
     drawing = (*_contiguous(*arguments[:6]), None, *_contiguous(*arguments[7:11]), *arguments[11:])
     out = _composite_fake(*drawing)
-    pointers = [t.data_ptr() for t in out[:4]] + [t.data_ptr() if drawing[-1] else None for t in out[4:]]
+    pointers = [t.data_ptr() for t in out[:4]] + [t.data_ptr() if drawing[-1] else 0 for t in out[4:]]
     _composite_c[kind](*_dispatch.place(kind, arguments[0]), *_drawing(*drawing), *pointers)
     return out
 
@@ -320,7 +320,7 @@ def _composite_backward_native(kind: Any, *arguments: Any) -> tuple[Tensor, ...]
     slots = None
     if kind == "cuda":
         slots = out[0].new_empty(drawing[7].shape[0] * (6 + 2 * (drawing[6] is not None) + v_render.shape[-1]))  # type: ignore[union-attr]
-    pointers = [t.data_ptr() if given is not None else None for t, given in zip(out, drawing[:7], strict=True)]
+    pointers = [t.data_ptr() if given is not None else 0 for t, given in zip(out, drawing[:7], strict=True)]
     _composite_backward_c[kind](
         *_dispatch.place(kind, out[0]), *_drawing(*drawing), *map(_dispatch.pointer, (rest, last, v_render, v_alpha, slots)), *pointers,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,14 +34,11 @@ from geossl.errors import ExtensionError
 
 Kind = Literal["cpu", "cuda"]
 
-ABI_VERSION = 3  # GEOSSL_ABI_VERSION in cuda_ext/include/geossl_api.h; raise both together
+ABI_VERSION = 4  # GEOSSL_ABI_VERSION in cuda_ext/include/geossl_api.h; raise both together
 
-# Argument types of exported functions, by the names C gives them.
-PTR = ctypes.c_void_p
-INT = ctypes.c_int
-INT64 = ctypes.c_int64
-FLOAT = ctypes.c_float
-DOUBLE = ctypes.c_double
+# Argument types of exported functions, by the names C gives them: formats of `struct`, one word of 64 bits each.
+PTR = INT = INT64 = "q"
+DOUBLE = "d"
 
 REBUILD = "run `pip install -e .` again in the source tree (or reinstall geossl)"
 _GET_CUDA = (
@@ -184,19 +182,21 @@ class NativeFunction:
     Args:
         kind: Library it lives in.
         name: Exported name, ``geossl_<operator>_<cpu|cuda>``.
-        argtypes: ctypes type of every argument, in order. A call with another number of arguments is a ``TypeError``.
+        argtypes: Type of every argument, in order; the library is asked whether they are right. A call with another number of arguments
+            or another type is a ``struct.error``.
     """
 
-    __slots__ = ("_call", "argtypes", "kind", "name")
+    __slots__ = ("_call", "_pack", "argtypes", "kind", "name")
 
-    def __init__(self, kind: Kind, name: str, argtypes: tuple[Any, ...]) -> None:
-        self.kind, self.name, self.argtypes = kind, name, argtypes
+    def __init__(self, kind: Kind, name: str, argtypes: tuple[str, ...]) -> None:
+        self.kind, self.name, self.argtypes = kind, name, "".join(argtypes)
+        self._pack = struct.Struct(f"={self.argtypes}").pack
         self._call: Any = None
 
-    def __call__(self, *args: Any) -> None:
-        """Call the function; pointers are integers (``Tensor.data_ptr()``, :func:`stream`)."""
+    def __call__(self, *args: float) -> None:
+        """Call the function; pointers are integers (``Tensor.data_ptr()``, :func:`stream`), 0 for none."""
         call = self._call if self._call is not None else self._bind()
-        status = call(*args)
+        status = call(self._pack(*args))
         if status != 0:
             raise self._error(status)
 
@@ -205,12 +205,17 @@ class NativeFunction:
         if library.handle is None:
             raise ExtensionError(f"{self._operator()} needs a native library, but {library.reason}.")
         try:
-            call = getattr(library.handle, self.name)
+            call, types = getattr(library.handle, f"{self.name}_packed"), _text(library.handle, f"{self.name}_types")
         except AttributeError as error:
             raise ExtensionError(
                 f"the native library {library.path} is stale: it lacks {self.name}. To build it anew, {REBUILD}."
             ) from error
-        call.argtypes, call.restype = self.argtypes, ctypes.c_int
+        if types != self.argtypes:
+            raise ExtensionError(
+                f"the native library {library.path} is stale: {self.name} takes arguments {types}, not {self.argtypes} "
+                f"(q is an integer or a pointer, d a double). To build it anew, {REBUILD}."
+            )
+        call.argtypes, call.restype = (ctypes.c_char_p,), ctypes.c_int
         self._call = call
         return call
 
@@ -225,10 +230,8 @@ class NativeFunction:
         return kind(f"{self._operator()}: {text}")
 
 
-def function(kind: Kind, name: str, *argtypes: Any) -> NativeFunction:
+def function(kind: Kind, name: str, *argtypes: str) -> NativeFunction:
     """Declare the exported function ``name`` of the library ``kind`` with its argument types; it is looked up at the first call."""
-    if not argtypes:
-        raise TypeError(f"{name}: argtypes must not be empty")  # ctypes would take any arguments and cut pointers to 32 bits
     declared = NativeFunction(kind, name, argtypes)
     _functions.append(declared)
     return declared

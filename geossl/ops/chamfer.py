@@ -46,18 +46,22 @@ def _batching(
 
 def _pairs(
     x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, x_offsets: Tensor | None, y_offsets: Tensor | None
-) -> tuple[int | None, ...]:
+) -> tuple[int, ...]:
     """Return the C arguments that describe contiguous clouds."""
+    is_double = x.dtype == torch.float64
+    if x_offsets is None and x_lengths is None and y_lengths is None:
+        batch, n, channels = x.shape
+        return is_double, x.data_ptr(), 0, 0, n, y.data_ptr(), 0, 0, y.shape[1], batch, channels
     pointer = _dispatch.pointer
     batch = x.shape[0] if x_offsets is None else x_offsets.shape[0] - 1
     return (
-        x.dtype == torch.float64, x.data_ptr(), pointer(x_offsets), pointer(x_lengths), x.shape[-2],
+        is_double, x.data_ptr(), pointer(x_offsets), pointer(x_lengths), x.shape[-2],
         y.data_ptr(), pointer(y_offsets), pointer(y_lengths), y.shape[-2], batch, x.shape[-1],
     )  # fmt: skip
 
 
 def _rows(points: Tensor) -> int:
-    return points.shape[0] if points.dim() == 2 else points.shape[0] * points.shape[1]
+    return points.numel() // points.shape[-1]
 
 
 def _chamfer_fake(
@@ -234,8 +238,7 @@ def chamfer_distance(
         tensor(21.5000)
     """
     op = "chamfer_distance"
-    x = _checks.points(op, "x", x, False, any_channels=True)
-    y = _checks.points(op, "y", y, False, like=x, any_channels=True)
+    x, y = _checks.two_clouds(op, ("x", "y"), x, y, False, any_channels=True)
     if x_lengths is not None:
         x_lengths, _ = _checks.batching(op, x, x_lengths, None, "x_")
     if y_lengths is not None:
@@ -273,8 +276,7 @@ def chamfer_distance_packed(
     for name, offsets in (("x_offsets", x_offsets), ("y_offsets", y_offsets)):
         if offsets is None:
             raise ValueError(f"{op}: {name} must be an int64 tensor [B + 1], got None; padded clouds go to chamfer_distance")
-    x = _checks.points(op, "x", x, True, any_channels=True)
-    y = _checks.points(op, "y", y, True, like=x, any_channels=True)
+    x, y = _checks.two_clouds(op, ("x", "y"), x, y, True, any_channels=True)
     _, x_offsets = _checks.batching(op, x, None, x_offsets, "x_")  # type: ignore[assignment]
     _, y_offsets = _checks.batching(op, y, None, y_offsets, "y_")  # type: ignore[assignment]
     return _distance(op, x, y, None, None, x_offsets, y_offsets, norm, direction, reduction, weights)
@@ -316,7 +318,6 @@ def chamfer_distance_patches(
     if x.dim() > 3:
         x, y = x.flatten(0, -3), y.flatten(0, -3)
         weights = weights.flatten() if isinstance(weights, Tensor) and weights.shape == leading else weights
-    x = _checks.points(op, "x", x, False, any_channels=True)
-    y = _checks.points(op, "y", y, False, like=x, any_channels=True)
+    x, y = _checks.two_clouds(op, ("x", "y"), x, y, False, any_channels=True)
     loss = _distance(op, x, y, None, None, None, None, norm, direction, reduction, weights)
     return loss.view(leading) if reduction == "none" and len(leading) > 1 else loss

@@ -248,8 +248,7 @@ def group_relative(
     """
     op = "group_relative"
     packed = isinstance(points, Tensor) and points.dim() == 2
-    points = _checks.points(op, "points", points, packed)
-    centers = _checks.points(op, "centers", centers, packed, like=points)
+    points, centers = _checks.two_clouds(op, ("points", "centers"), points, centers, packed)
     index = _check_features(op, points, index, "points", "3")
     if index.dim() != centers.dim() or index.shape[:-1] != centers.shape[:-1]:
         raise ValueError(f"{op}: index must be {[*centers.shape[:-1], 'k']}, one row per center, got {_checks.describe(index)}")

@@ -48,14 +48,18 @@ _backward_c = _dispatch.functions("neighbor_distance_backward", INT, PTR, INT64,
 def _clouds(
     query: Tensor, points: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, query_offsets: Tensor | None,
     offsets: Tensor | None,
-) -> tuple[int | None, ...]:  # fmt: skip
+) -> tuple[int, ...]:  # fmt: skip
     """Return the C arguments that describe contiguous clouds, whose batching has been through :func:`_batching`."""
-    queries, q, n, p = query.shape[-2], query.data_ptr(), points.shape[-2], points.data_ptr()
+    q, p = query.data_ptr(), points.data_ptr()
     if offsets is None and lengths is None and query_lengths is None:
-        return q, None, None, queries, p, None, None, n, points.shape[0]
+        batch, n, _ = points.shape
+        return q, 0, 0, query.shape[1], p, 0, 0, n, batch
     pointer = _dispatch.pointer
     batch = points.shape[0] if offsets is None else offsets.shape[0] - 1
-    return q, pointer(query_offsets), pointer(query_lengths), queries, p, pointer(offsets), pointer(lengths), n, batch
+    return (
+        q, pointer(query_offsets), pointer(query_lengths), query.shape[-2],
+        p, pointer(offsets), pointer(lengths), points.shape[-2], batch,
+    )  # fmt: skip
 
 
 def _batching(
@@ -98,8 +102,12 @@ def _knn_twin(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor
 
 
 def _knn_fake(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = query.shape[:-1]  # numbers one by one: torch takes them twice as fast as a tuple
-    return query.new_empty(*shape, k), query.new_empty(*shape, k, dtype=torch.int64)
+    if query.dim() == 3:
+        batch, queries, _ = query.shape  # numbers one by one: torch takes them twice as fast as a tuple
+        distance = query.new_empty(batch, queries, k)
+    else:
+        distance = query.new_empty(query.shape[0], k)
+    return distance, torch.empty_like(distance, dtype=torch.int64)
 
 
 _knn = _dispatch.define(
@@ -137,9 +145,11 @@ def _ball_twin(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tenso
 
 
 def _ball_fake(query: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = query.shape[:-1]
-    index, count = query.new_empty(*shape, k, dtype=torch.int64), query.new_empty(*shape, dtype=torch.int64)
-    return index, query.new_empty(*shape, k), count
+    distance, index = _knn_fake(query, points, k)
+    if query.dim() == 3:
+        batch, queries, _ = query.shape
+        return index, distance, index.new_empty(batch, queries)
+    return index, distance, index.new_empty(query.shape[0])
 
 
 _ball_query = _dispatch.define(
@@ -217,8 +227,7 @@ def _check_clouds(
     if packed != (query_offsets is not None):
         missing = "query_offsets" if packed else "offsets"
         raise ValueError(f"{op}: packed clouds need both query_offsets and offsets, but {missing} is missing; both have B + 1 entries")
-    query = _checks.points(op, "query", query, packed)
-    points = _checks.points(op, "points", points, packed, like=query)
+    query, points = _checks.two_clouds(op, ("query", "points"), query, points, packed)
     if query_lengths is not None or query_offsets is not None:
         query_lengths, query_offsets = _checks.batching(op, query, query_lengths, query_offsets, "query_")
     if lengths is not None or offsets is not None:

@@ -79,7 +79,7 @@ def _sum_native(
 ) -> tuple[Tensor, Tensor]:
     wide, index, row_splits, order = _prepare(x, index, row_splits, order)
     out, count = _sum_fake(wide, index, row_splits, order, size, mean)
-    _run(_sum_c, kind, wide, index, row_splits, order, size, out.data_ptr(), count.data_ptr() if mean else None)
+    _run(_sum_c, kind, wide, index, row_splits, order, size, out.data_ptr(), count.data_ptr() if mean else 0)
     return out.to(x.dtype), count
 
 
@@ -102,7 +102,7 @@ def _extreme_native(
 ) -> tuple[Tensor, Tensor]:
     wide, index, row_splits, order = _prepare(x, index, row_splits, order)
     out, arg = _extreme_fake(wide, index, row_splits, order, size, largest, fill, with_arg)
-    where = arg.data_ptr() if with_arg else None
+    where = arg.data_ptr() if with_arg else 0
     _run(_extreme_c, kind, wide, index, row_splits, order, size, largest, fill, out.data_ptr(), where)
     return out.to(x.dtype), arg
 

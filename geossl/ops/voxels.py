@@ -173,7 +173,7 @@ def _voxelize_cpu(
         max_points,
     )  # fmt: skip
     info = torch.zeros(2, dtype=torch.int64)
-    _count_c(*job, None, info.data_ptr())
+    _count_c(*job, 0, info.data_ptr())
     scratch = torch.empty(max(int(info[0]), 1), dtype=torch.uint8)
     _count_c(*job, scratch.data_ptr(), info.data_ptr())
     voxels, kept = info.tolist()
@@ -200,7 +200,7 @@ def _voxelize_cuda(
     _keys_cuda(*place, *clouds, grid.data_ptr(), bounds.data_ptr(), frames.data_ptr(), curve, total, wide, keys.data_ptr(), rows.data_ptr())
     size = torch.zeros(1, dtype=torch.int64)  # of the temporary memory; stays on the host
     pairs = (keys.data_ptr(), ordered.data_ptr(), rows.data_ptr(), by_key.data_ptr(), count, total.bit_length())
-    _sort_cuda(*place, wide, None, size.data_ptr(), *pairs)
+    _sort_cuda(*place, wide, 0, size.data_ptr(), *pairs)
     temporary = torch.empty(max(int(size), 1), dtype=torch.uint8, device=device)
     _sort_cuda(*place, wide, temporary.data_ptr(), size.data_ptr(), *pairs)
     heads = torch.empty(count, dtype=torch.int64, device=device)

@@ -167,12 +167,13 @@ def test_splat(tmp_path):
 def test_data(tmp_path):
     rows = run(tmp_path, "data", "--quick")
     check(rows, "data")
-    batches, events = rows[:-2], rows[-2:]
+    batches, events, pairs = rows[:-4], rows[-4:-2], rows[-2:]
     assert {row["name"].partition("/")[0] for row in batches} == {"objects", "shards"}
     for row in batches:
         assert row["share_of_step"] == pytest.approx(row["cpu_s"] / row["step_cpu_s"])
     assert [row["name"] for row in events] == ["events/shards", "events/simulated"]
     assert events[0]["peer"] == "PILArNet-M HDF5"
+    assert [row["name"] for row in pairs] == ["pairs/shards", "pairs/mining"]
 
 
 @pytest.mark.slow

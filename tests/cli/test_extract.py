@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import geossl
 from geossl.cli import extract, run
-from geossl.models import save_backbone
+from geossl.models import CroCoDecoderConfig, CroCoPair, save_backbone, save_pair_backbone
 
 
 @pytest.fixture
@@ -77,3 +78,55 @@ def test_a_bad_file_of_a_folder_is_named(export, scans, capsys, tmp_path):
     np.save(scans / "b.npy", np.full((9, 3), np.nan, np.float32))
     assert run("extract", [str(export), str(scans), "--out", str(tmp_path / "x.npz")]) == 2
     assert "b.npy" in capsys.readouterr().err
+
+
+@pytest.fixture
+def image_export(tmp_path):
+    torch.manual_seed(0)
+    backbone = geossl.create_backbone("croco_vit_tiny", dim=16, depth=2, heads=2, image_size=(32, 32))
+    return save_pair_backbone(CroCoPair(backbone, CroCoDecoderConfig(dim=16, depth=1, heads=2).build(backbone.config)), tmp_path / "images")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)).save(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def test_images_to_maps(image_export, photos, tmp_path, capsys):
+    out = tmp_path / "f.npz"
+    assert extract.main([str(image_export), str(photos), "--out", str(out), "--layers", "0", "1"]) == 0
+    with np.load(out) as archive:
+        assert archive["map_1"].shape == (32, 2, 4)
+        assert archive["names"].tolist() == ["a.png", "b.png"]
+    assert "2 images, maps of 32 x 2 x 4" in capsys.readouterr().out
+    pair = [str(image_export), str(photos / "a.png"), "--reference", str(photos / "b.png"), "--size", "32", "32", "--out", str(out)]
+    assert extract.main(pair) == 0
+    with np.load(out) as archive:
+        assert archive["map_0"].shape == (16, 2, 2)
+        found = geossl.evaluation.extract_pair_features(image_export, photos / "a.png", photos / "b.png", size=(32, 32))
+        np.testing.assert_array_equal(archive["map_0"], found.maps[0].numpy())
+
+
+def test_posed_images_to_points(image_export, tmp_path, capsys):
+    out = tmp_path / "f.npz"
+    scene = ["--scene.name", "rooms", "--scene.test_count", "1", "--scene.views", "2", "--scene.points", "500"]
+    assert extract.main([str(image_export), *scene, "--scene.width", "32", "--scene.height", "32", "--out", str(out)]) == 0
+    with np.load(out) as archive:
+        assert archive["coord"].shape == (500, 3)
+        assert archive["feats"].shape == (500, 16)
+        assert (archive["feats"] != 0).any(1).mean() > 0.9  # the cloud is what the pictures see
+    assert "1 scenes, 500 x 16" in capsys.readouterr().out
+
+
+def test_models_of_the_wrong_kind_of_input(export, image_export, photos, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "f.npz")]
+    assert run("extract", [str(export), str(photos), "--size", "32", "32", *out]) == 2
+    assert "are for models of images; point_vit_tiny reads point clouds" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="reads images: use extract_image_features"):
+        geossl.extract_features(geossl.load(image_export), torch.rand(10, 3))
+    with pytest.raises(TypeError, match="need an encoder and its decoder"):
+        geossl.evaluation.extract_pair_features(geossl.load(image_export), torch.rand(3, 32, 32), torch.rand(3, 32, 32))
+    assert not (tmp_path / "f.npz").exists()

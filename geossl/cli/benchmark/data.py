@@ -1,6 +1,7 @@
 """What a batch costs, as a share of the training step it feeds: made in the training process, without workers to hide the cost.
 
-Batches of particle events have a rate to reach instead, 2,000 events a second, and are compared with reading them from the HDF5 file.
+Batches of particle events have a rate to reach instead, 2,000 events a second, and are compared with reading them from the HDF5 file; so
+have pairs of images, 25 a second, and mining them, 1,000 frames in five minutes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from geossl.data import (
     EventShardOptions,
     FileOptions,
     LArTPCFileOptions,
+    MiningOptions,
+    PairShardOptions,
     ShardOptions,
     build_loader,
     simulate_event,
     write_event_shards,
     write_lartpc,
+    write_pairs,
     write_shards,
 )
-from geossl.geometry import PointBatch
+from geossl.data.image_files import encode_image
+from geossl.data.pair_mining import DepthGeometry, mine_pairs
+from geossl.geometry import PointBatch, intrinsics_from_fov, look_at, pixel_centers
 
 SHARE = 0.05
 """Largest share of a training step that loading its batch may cost."""
@@ -38,6 +44,10 @@ EVENTS_PER_SECOND = 2000
 """Events a core should read in a second."""
 EVENT_TARGET = 0.03
 """CPU seconds a simulated event may cost."""
+PAIRS_PER_SECOND = 25
+"""Pairs of images a core should read and augment in a second."""
+MINING_SECONDS = 300
+"""CPU seconds within which pairs of 1,000 frames should be chosen."""
 
 
 def cases(method: str, quick: bool, folder: Path) -> dict[str, Callable[[], Case]]:
@@ -53,6 +63,8 @@ def cases(method: str, quick: bool, folder: Path) -> dict[str, Callable[[], Case
         f"shards/{quickstart[0]}x{quickstart[1]}": functools.partial(make, shards, quickstart, "quickstart"),
         "events/shards": functools.partial(_event_batches, folder, quick),
         "events/simulated": functools.partial(_simulated_events, quick),
+        "pairs/shards": functools.partial(_pair_batches, folder, quick),
+        "pairs/mining": functools.partial(_mining, quick),
     }
 
 
@@ -135,6 +147,57 @@ def _simulated_events(quick: bool) -> Case:
         flop=0,
         flop_is="none",
         target=None if quick else EVENT_TARGET,
+    )
+
+
+def _pair_batches(folder: Path, quick: bool) -> Case:
+    """Augmented pairs from tars: noise with large patches, which JPEG stores in about as many bytes as photographs."""
+    pairs, size, side = (4, 2, 32) if quick else (128, 16, 256)
+    source = folder / "pairs_source"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for number, view in itertools.product(range(pairs), (1, 2)):
+        patches = torch.from_numpy(rng.uniform(0, 200, (1, 3, side // 8, side // 8)))
+        image = torch.nn.functional.interpolate(patches, (side, side), mode="bilinear") + torch.from_numpy(rng.uniform(0, 50, (side, side)))
+        (source / f"{number:04d}_{view}.jpg").write_bytes(encode_image(image[0].byte(), "jpg"))
+    root = folder / "pair_shards"
+    write_pairs(source, root, PairShardOptions(size=side))
+    config = DATASETS.config("pair_shards")
+    config.root, config.resize, config.crop = root, side, side * 7 // 8
+    loader = build_loader(config.build("all"), size, seed=0)
+    stored = sum(path.stat().st_size for path in root.glob("*.tar")) // pairs // 1000
+    return Case(
+        inputs=f"{size} pairs of {side} x {side} JPEGs from tars ({stored} kB a pair): decoded, cropped to {config.crop}, colours changed",
+        run=lambda: next(loader),
+        moved=2 * size * 2 * 3 * 4 * config.crop**2,
+        moved_is="images of the batch read and written once",
+        flop=0,
+        flop_is="none",
+        target=None if quick else size / PAIRS_PER_SECOND,
+    )
+
+
+def _mining(quick: bool) -> Case:
+    """Frames with exact depth anywhere in a bare room of 6 x 5 m."""
+    count, rng = 12 if quick else 1000, np.random.default_rng(0)
+    eyes = torch.from_numpy(rng.uniform([1, 1, 1.2], [5, 4, 1.8], (count, 3)))
+    yaw = rng.uniform(-np.pi, np.pi, count)
+    poses = look_at(eyes, eyes + torch.from_numpy(np.stack([np.cos(yaw), np.sin(yaw), rng.uniform(-0.3, 0.1, count)], 1)))
+    k = intrinsics_from_fov(60, 128, 96)
+    rays = torch.cat([(pixel_centers(96, 128) - k[:2, 2]) / k[0, 0], torch.ones(96, 128, 1)], -1).double()
+    ways = rays @ poses[:, None, :3, :3]
+    size, eye = torch.tensor([6.0, 5.0, 2.6], dtype=torch.float64), eyes[:, None, None]
+    depth = torch.where(ways > 0, (size - eye) / ways, -eye / ways).amin(-1).float()
+    geometry = DepthGeometry(depth, k.expand(count, 3, 3), poses)
+    return Case(
+        inputs=f"{count:,} frames with depth and pose, all compared with all",
+        run=lambda: mine_pairs(geometry, MiningOptions()),
+        moved=depth.nbytes,
+        moved_is="depth images of 128 x 96 read once",
+        flop=0,
+        flop_is="none",
+        target=None if quick else MINING_SECONDS,
+        warm=False,
     )
 
 

@@ -101,6 +101,22 @@ class Case:
     cloud: str = ""
 
 
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Return the gradient a backward pass left."""
+    if leaf.grad is None:
+        raise RuntimeError("the backward pass left no gradient")
+    return leaf.grad
+
+
+def values_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    """Compare a result and the gradients after it by their norms."""
+    for a, b, what in zip(ours, theirs, ("result", "gradient", "second gradient"), strict=False):
+        error = float((a - b).norm() / a.norm().clamp(min=1e-30))
+        if not error < 1e-4:
+            return f"{what} differs by {error:.2g} of its norm"
+    return ""
+
+
 def measure(suite: str, name: str, case: Case, repeats: int, seconds: float = SAMPLE_SECONDS) -> Row:
     """Compare the answers, then time the case and its peers in turn: ``repeats`` samples of at least ``seconds`` each."""
     peers = {title: Peer(name=title) for title in case.peers}

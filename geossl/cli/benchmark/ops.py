@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from geossl import ops
-from geossl.cli.benchmark import voxel_rows
+from geossl.cli.benchmark import rope_rows, voxel_rows
 from geossl.cli.benchmark.clouds import KINDS, OFF_GRID, clouds, surfaces
-from geossl.cli.benchmark.measure import Case, nbytes
+from geossl.cli.benchmark.measure import Case, gradient_of, nbytes, values_differ
 from geossl.cli.benchmark.neighbor_peers import balls_differ, distances_differ, first_in_ball_peers, neighbor_peers
 from geossl.cli.benchmark.peers import TWIN_LIMIT, chamfer_peers, farthest_point_peers, group_peers, twin
 
@@ -44,6 +44,7 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
             "chamfer_distance/2x64 to 64, backward": make(_chamfer_case, "padded", 2, 64, True),
             "chamfer_distance_patches/16x8 to 8": make(_chamfer_case, "patches", 16, 8, False),
             **voxel_rows.cases(quick),
+            **rope_rows.cases(quick),
         }
     return {
         **_every_kind("farthest_point_sample/2048->512", make(_fps_case, 1, 2048, 512)),
@@ -61,6 +62,7 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
         **_every_kind("chamfer_distance_patches/128x32 to 32, backward", make(_chamfer_case, "patches", 128, 32, True)),
         **_every_kind("chamfer_distance/8x2048 to 2048, backward", make(_chamfer_case, "padded", 8, 2048, True)),
         **voxel_rows.cases(quick),
+        **rope_rows.cases(quick),
         "farthest_point_sample/8x2048->64": make(_fps_case, 8, 2048, 64),
         "knn/8x64 of 2048, k=32": make(_knn_case, 8, 64, 2048, 32),
         "ball_query/512 of 2048, k=32, first": make(_ball_case, 1, 512, 2048, 32, "first"),
@@ -169,7 +171,7 @@ def _group_case(batch: int, n: int, queries: int, k: int, channels: int, backwar
         leaf = features.clone().requires_grad_()
         result = gather(leaf)
         result.backward(grad)
-        return [result.detach(), _gradient(leaf)]
+        return [result.detach(), gradient_of(leaf)]
 
     call = functools.partial(run, lambda x: ops.group(x, index))
     return Case(
@@ -195,7 +197,7 @@ def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float |
         a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
         loss = measure(a, b)
         loss.backward()
-        return [loss.detach(), _gradient(a), _gradient(b)]
+        return [loss.detach(), gradient_of(a), gradient_of(b)]
 
     call = functools.partial(run, distance)
     peers: dict[str, Callable[[], Any]] = {name: functools.partial(run, peer) for name, peer in chamfer_peers(x, y).items()}
@@ -214,12 +216,6 @@ def _chamfer_case(form: str, batch: int, n: int, backward: bool, target: float |
         cloud=kind,
         slow=SLOW_CALL,
     )
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    if leaf.grad is None:
-        raise RuntimeError("the backward pass left no gradient")
-    return leaf.grad
 
 
 # Agreement -----------------------------------------------------------------------------------------------------------------------------
@@ -244,15 +240,6 @@ def _picks_differ(points: Tensor, ours: Tensor, theirs: Tensor) -> str:
             if step and float(nearest[pick]) < float(nearest.max()) * (1 - 1e-5):
                 return f"pick {step} is not farthest from those before it"
             nearest = torch.minimum(nearest, (cloud - cloud[pick]).square().sum(1))
-    return ""
-
-
-def values_differ(ours: list[Tensor], theirs: list[Tensor]) -> str:
-    """Compare a result and the gradients after it by their norms."""
-    for a, b, what in zip(ours, theirs, ("result", "gradient", "second gradient"), strict=False):
-        error = float((a - b).norm() / a.norm().clamp(min=1e-30))
-        if not error < 1e-4:
-            return f"{what} differs by {error:.2g} of its norm"
     return ""
 
 

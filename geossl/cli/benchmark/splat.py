@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from geossl import ops
-from geossl.cli.benchmark.measure import Case, nbytes
-from geossl.cli.benchmark.ops import values_differ
+from geossl.cli.benchmark.measure import Case, nbytes, values_differ
 from geossl.data.simulate import ViewOptions, build_room, sample_view
 
 TARGETS = {(5_000, 128): (3e-3, 8e-3), (20_000, 128): (12e-3, 35e-3), (100_000, 512): (100e-3, 250e-3)}
