@@ -105,6 +105,17 @@ def test_steps_with_a_teacher(tmp_path):
     assert inside["flop"] > stored["flop"]
 
 
+def test_stereo_rows_agree_with_the_plain_head(tmp_path: Path) -> None:
+    rows = run(tmp_path, "steps", "--quick", "--method", "croco", "--rows", "croco/stereo/*")
+    by_name = {row["name"]: row for row in rows}
+    assert set(by_name) == {
+        *("croco/stereo/forward", "croco/stereo/head"),
+        *("croco/stereo/in windows, 1 of them", "croco/stereo/in windows, 4 of them"),
+    }
+    (peer,) = by_name["croco/stereo/head"]["peers"]
+    assert not peer["differs"]
+
+
 def test_steps_of_pairs_of_images(tmp_path):
     rows = run(tmp_path, "steps", "--quick", "--method", "croco", "--rows", "croco/*float32")
     check(rows, "steps")
