@@ -64,18 +64,28 @@ class ExtractedFeatures:
 
         The file is there whole or not at all.
         """
-        path = Path(path)
-        arrays: dict[str, Any] = {"coord": self.coord.numpy(), "offsets": self.offsets.numpy(), "feats": self.feats.numpy()}
-        if path.suffix == ".npz":
-            atomic_write(path, lambda file: np.savez(file, **arrays, names=np.array(self.names), output=np.array(self.output)))
-        elif path.suffix == ".safetensors":
-            from safetensors.numpy import save
+        arrays = {"coord": self.coord.numpy(), "offsets": self.offsets.numpy(), "feats": self.feats.numpy()}
+        return save_features(path, arrays, self.names, output=self.output)
 
-            payload = save(arrays, metadata={"names": json.dumps(self.names), "output": self.output})
-            atomic_write(path, lambda file: file.write(payload))
-        else:
-            raise DataError(f"{path}: features are written as .npz or .safetensors; end the name in one of these")
-        return path
+
+def save_features(path: str | os.PathLike[str], arrays: dict[str, np.ndarray], names: list[str], **words: str) -> Path:
+    """Write arrays, names and further words as ``.npz`` or ``.safetensors`` (the texts in its metadata), whole or not at all.
+
+    Raises:
+        DataError: the file is called otherwise.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        texts = {"names": np.array(names), **{key: np.array(word) for key, word in words.items()}}
+        atomic_write(path, lambda file: np.savez(file, **arrays, **texts))  # type: ignore[arg-type]
+    elif path.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        payload = save(arrays, metadata={"names": json.dumps(names), **words})
+        atomic_write(path, lambda file: file.write(payload))
+    else:
+        raise DataError(f"{path}: features are written as .npz or .safetensors; end the name in one of these")
+    return path
 
 
 def extract_features(

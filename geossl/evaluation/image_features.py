@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geossl.data import SceneSample
-from geossl.data.files import atomic_write
 from geossl.data.scene import read_image
 from geossl.errors import DataError
-from geossl.evaluation.extract import ExtractedFeatures, resolve_backbone
+from geossl.evaluation.extract import ExtractedFeatures, resolve_backbone, save_features
 from geossl.evaluation.features import device_of, frozen
 from geossl.geometry import normalize_images
 from geossl.layers import lift_features
@@ -56,19 +54,8 @@ class ImageFeatures:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to ``.npz`` or ``.safetensors``: ``map_0``, ``map_1``, ..., ``sizes [B, 2]`` and the names; whole or not at all."""
-        path = Path(path)
-        arrays: dict[str, Any] = {f"map_{number}": feats.numpy() for number, feats in enumerate(self.maps)}
-        arrays["sizes"] = np.array(self.sizes, dtype=np.int64)
-        if path.suffix == ".npz":
-            atomic_write(path, lambda file: np.savez(file, **arrays, names=np.array(self.names)))
-        elif path.suffix == ".safetensors":
-            from safetensors.numpy import save
-
-            payload = save(arrays, metadata={"names": json.dumps(self.names)})
-            atomic_write(path, lambda file: file.write(payload))
-        else:
-            raise DataError(f"{path}: features are written as .npz or .safetensors; end the name in one of these")
-        return path
+        arrays = {f"map_{number}": feats.numpy() for number, feats in enumerate(self.maps)}
+        return save_features(path, {**arrays, "sizes": np.array(self.sizes, dtype=np.int64)}, self.names)
 
 
 def extract_image_features(

@@ -15,7 +15,7 @@ function hideTip() { tip.hidden = true; }
 function heading(section, title, text, ...controls) {
   section.append(el("div", { class: "head" }, el("div", {}, el("h2", {}, title), el("p", {}, text)), ...controls));
 }
-function missing(section, title, text) { if (DATA.pretraining) section.append(el("div", { class: "head" }, el("h2", {}, title)), el("p", { class: "missing" }, text)); }
+function missing(section, title, text) { if (DATA.pretraining && !DATA.images.length) section.append(el("div", { class: "head" }, el("h2", {}, title)), el("p", { class: "missing" }, text)); }
 function segmented(options, chosen, onChoose) {
   const box = el("div", { class: "segmented", role: "group" });
   for (const [key, label] of options) {
@@ -94,7 +94,12 @@ function imagesPanel(section) {
   const list = el("div", { class: "objects rows-of-images" });
   section.append(list);
   DATA.images.forEach((row) => {
-    const cells = row.cells.map((cell) => el("div", {}, el("img", { src: cell.src, alt: `${cell.title} of ${row.name}` }), el("p", {}, cell.title)));
+    const cells = row.cells.map((cell) => {
+      const img = el("img", { src: cell.src, alt: `${cell.title} of ${row.name}` });
+      const box = el("div", {}, img, el("p", {}, cell.title));
+      img.onload = () => { if (img.naturalWidth > 1.5 * img.naturalHeight) box.classList.add("wide"); };  // two images side by side
+      return box;
+    });
     list.append(el("article", { class: "card object" }, el("header", {}, el("h3", {}, row.name)), el("div", { class: "images" }, ...cells)));
   });
 }
