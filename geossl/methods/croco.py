@@ -228,14 +228,10 @@ class CroCo(nn.Module):
         image, completion = (denormalize_images(x.float()).clamp(0, 1) for x in (batch.image, made))
         hidden = to_map(mask.view(-1, 1), whole.grid)
         hidden = hidden.repeat_interleave(self.backbone.config.patch, 2).repeat_interleave(self.backbone.config.patch, 3)
-        shown = {
-            "image": image,
-            "masked": image.masked_fill(hidden, 0.5),
-            "completion": completion,
-            "error": (completion - image).abs().mean(1),
-        }
+        shown = {"image": image, "masked": image.masked_fill(hidden, 0.5)}
         if batch.reference is not None and not self.config.single_view:
             shown["reference"] = denormalize_images(batch.reference.float()).clamp(0, 1)
+        shown |= {"completion": completion, "error": (completion - image).abs().mean(1)}
         arrays = {name: (x.movedim(1, -1) if x.dim() == 4 else x).cpu().numpy() for name, x in shown.items()}
         return [{name: x[i] for name, x in arrays.items()} for i in range(len(batch))]
 
