@@ -57,7 +57,8 @@ class ImageFeatures:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to ``.npz`` or ``.safetensors``: ``map_0``, ``map_1``, ..., ``sizes [B, 2]`` and the names; whole or not at all."""
         path = Path(path)
-        arrays: dict[str, Any] = {f"map_{number}": feats.numpy() for number, feats in enumerate(self.maps)}
+        # Maps are views of tokens, and safetensors writes the memory of an array whatever its strides.
+        arrays: dict[str, Any] = {f"map_{number}": feats.contiguous().numpy() for number, feats in enumerate(self.maps)}
         arrays["sizes"] = np.array(self.sizes, dtype=np.int64)
         if path.suffix == ".npz":
             atomic_write(path, lambda file: np.savez(file, **arrays, names=np.array(self.names)))
