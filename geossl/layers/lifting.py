@@ -27,7 +27,8 @@ def visible_in(points: Tensor, camera: Cameras, depth: Tensor | None = None, tol
         points: ``[M, 3]`` in the world.
         camera: One camera, ``world_to_cam [4, 4]``.
         depth: ``[H, W]`` along the optical axis in metres, 0 or not finite where unknown, of any size: the point is compared with the
-            depth of the pixel that it falls in. None takes every point in front of the camera and inside the picture as seen, also behind others.
+            depth of the pixel that it falls in. None takes every point in front of the camera and inside the picture as seen, also behind
+            others.
         tolerance: A point is hidden when it lies farther than the depth there by more than this many metres plus 1 %; a point
             that lies nearer by more is not on the surface that the picture shows either. Pixels of unknown depth see nothing.
 
