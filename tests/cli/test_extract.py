@@ -114,6 +114,7 @@ def test_images_to_maps(image_export, photos, tmp_path, capsys):
     ("options", "words"),
     [
         (["--output", "global", "--points", "5"], "--output, --points: for models of point clouds, but this one reads images"),
+        (["--layers", "9"], "block 9 does not exist; the backbone has 2 blocks"),
         (["--reference", "b.png", "--batch_size", "2"], "--batch_size: pairs (--reference) are encoded one by one"),
         (
             ["--reference", "b.png", "--scene.name", "rooms"],
