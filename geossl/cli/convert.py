@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from geossl.errors import CheckpointError, ConfigError
-from geossl.methods import REFERENCES, CroCo, load_reference
+from geossl.methods import REFERENCES, load_reference
 from geossl.methods.reference import find_system
-from geossl.models import save_backbone
+from geossl.models import CroCoPair, save_backbone
+from geossl.models.croco_files import save_decoder
 from geossl.tasks import TASKS, PartSegmentationConfig, save_task
 
 
@@ -47,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     count = sum(p.numel() for p in backbone.parameters())
     print(f"{args.source}: {type(model).__name__} of system {system}; its encoder ({count / 1e6:.1f} M parameters) is in {args.folder}")
     print(f"use it:  geossl.load({str(args.folder)!r})")
-    if isinstance(model, CroCo):
-        model.save_beside(args.folder)
+    pair = getattr(model, "pair", getattr(model, "body", None))  # of method croco, or of stereo and flow
+    if isinstance(pair, CroCoPair):
+        save_decoder(pair.decoder, args.folder)
         print(f"with its decoder:  geossl.models.load_pair_backbone({str(args.folder)!r})")
     task: Any = model.config
     if task.name in TASKS.names():
-        count = len(task.part_counts) if isinstance(task, PartSegmentationConfig) else task.classes
+        count = len(task.part_counts) if isinstance(task, PartSegmentationConfig) else getattr(task, "classes", 0)  # stereo, flow: none
         save_task(model, numbered_classes(count), args.folder)
         print(f"with its head:  geossl.tasks.load_task({str(args.folder)!r})")
     return 0

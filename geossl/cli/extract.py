@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _extract_pictures(model: str, backbone: CroCoViT, source: str | None, config: ExtractConfig, out: Path) -> str:
     """Write the features of pictures, pairs or scenes, and return what was written, in words."""
+    _refuse_unread(config)
     batch_size, layers = config.batch_size or 8, list(config.layers) or None
     if config.scene is not None:
         scenes = config.scene.build(config.scene_split)
@@ -112,3 +113,15 @@ def _extract_pictures(model: str, backbone: CroCoViT, source: str | None, config
     features.save(out)
     shapes = sorted({" x ".join(map(str, feats.shape)) for feats in features.maps})
     return f"{len(features)} images, maps of {', '.join(shapes)} (channels, rows, columns)"
+
+
+def _refuse_unread(config: ExtractConfig) -> None:
+    """Refuse options that a model of images does not read, instead of leaving them out silently."""
+    plain = ExtractConfig()
+    wrong = [f"--{key}" for key in ("output", "pooling", "points", "normalize", "columns") if getattr(config, key) != getattr(plain, key)]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: for models of point clouds, but this one reads images; leave it out")
+    if config.reference is not None and config.scene is not None:
+        raise ConfigError("--reference: a data set of posed images (--scene) is read without second images; leave one of the two out")
+    if config.reference is not None and config.batch_size is not None:
+        raise ConfigError("--batch_size: pairs (--reference) are encoded one by one; leave it out")

@@ -80,7 +80,7 @@ def score_matches(matches: Matches | Sequence[Matches], flow: Tensor | Sequence[
         size = wanted.new_tensor([truth.shape[2], truth.shape[1]])
         scored = (count >= 0.5 * patch * patch) & ((wanted >= 0) & (wanted < size)).all(1)
         errors.append((found.target - wanted)[scored].norm(dim=1))
-    error = torch.cat(errors)
+    error = torch.cat(errors) if errors else torch.zeros(0)
     within = {limit: (error <= limit * patch).double().mean().item() if len(error) else float("nan") for limit in THRESHOLDS}
     return MatchScores(error.median().item() if len(error) else float("nan"), within, len(error))
 

@@ -81,7 +81,9 @@ def save_features(path: str | os.PathLike[str], arrays: dict[str, np.ndarray], n
     elif path.suffix == ".safetensors":
         from safetensors.numpy import save
 
-        payload = save(arrays, metadata={"names": json.dumps(names), **words})
+        # It writes the memory of an array whatever its strides.
+        packed = {key: np.ascontiguousarray(values) for key, values in arrays.items()}
+        payload = save(packed, metadata={"names": json.dumps(names), **words})
         atomic_write(path, lambda file: file.write(payload))
     else:
         raise DataError(f"{path}: features are written as .npz or .safetensors; end the name in one of these")

@@ -108,7 +108,7 @@ def _save_pictures(folder: Path, module: Any, dataset: Any, count: int, seed: in
     batch = collate([dataset.get(int(row), None) for row in rows]).to(device)
     names = [cloud_name(dataset, int(row)) for row in rows]
     with frozen(module):
-        made = module.pictures(batch, generator=torch.Generator(device).manual_seed(seed))
+        made = module.pictures(batch, generator=torch.Generator().manual_seed(seed))
         if isinstance(batch, ImageBatch):
             add_pair_pictures(module, batch, made)
             save_images(folder / "images.npz", names, made)

@@ -271,8 +271,7 @@ class CrossAttention(nn.Module):
         """
         q = self.q(x).view(-1, self.heads, x.shape[1] // self.heads)
         k, v = self.kv(memory).view(-1, 2, self.heads, memory.shape[1] // self.heads).unbind(1)
-        if rope is not None and memory_rope is not None:
-            q, k = rope_2d(q, rope), rope_2d(k, memory_rope)
+        q, k = _rotate_both(q, k, rope, memory_rope)
         return self.proj(packed_attention(q, k, v, segments, memory_segments))
 
     def weights(
@@ -288,9 +287,17 @@ class CrossAttention(nn.Module):
         """The softmax weights of each sample's tokens over its memory, ``[H, n, m]`` float32, rows summing to 1; see :meth:`forward`."""
         q = self.q(x).view(-1, self.heads, x.shape[1] // self.heads).float()
         k = self.kv(memory)[:, : memory.shape[1]].view(-1, self.heads, memory.shape[1] // self.heads).float()
-        if rope is not None and memory_rope is not None:
-            q, k = rope_2d(q, rope), rope_2d(k, memory_rope)
+        q, k = _rotate_both(q, k, rope, memory_rope)
         return [
             (query.transpose(0, 1) * query.shape[-1] ** -0.5 @ key.permute(1, 2, 0)).softmax(-1)
             for query, key in zip(q.split(list(segments.lengths)), k.split(list(memory_segments.lengths)), strict=True)
         ]
+
+
+def _rotate_both(q: Tensor, k: Tensor, rope: Tensor | None, memory_rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions, if there are any."""
+    if rope is None and memory_rope is None:
+        return q, k
+    if rope is None or memory_rope is None:
+        raise ValueError("CrossAttention: give both rope and memory_rope, or none of them: positions of one side alone mean nothing")
+    return rope_2d(q, rope), rope_2d(k, memory_rope)

@@ -26,8 +26,9 @@ def visible_in(points: Tensor, camera: Cameras, depth: Tensor | None = None, tol
     Args:
         points: ``[M, 3]`` in the world.
         camera: One camera, ``world_to_cam [4, 4]``.
-        depth: ``[H, W]`` along the optical axis in metres, 0 where unknown, of any size: the point is compared with the depth of the pixel
-            that it falls in. None takes every point in front of the camera and inside the picture as seen, also behind others.
+        depth: ``[H, W]`` along the optical axis in metres, 0 or not finite where unknown, of any size: the point is compared with the
+            depth of the pixel that it falls in. None takes every point in front of the camera and inside the picture as seen, also behind
+            others.
         tolerance: A point is hidden when it lies farther than the depth there by more than this many metres plus 1 %; a point
             that lies nearer by more is not on the surface that the picture shows either. Pixels of unknown depth see nothing.
 
@@ -43,7 +44,7 @@ def visible_in(points: Tensor, camera: Cameras, depth: Tensor | None = None, tol
     x, y = (torch.where(inside, place[:, axis], 0.0) * size for axis, size in ((0, columns), (1, rows)))
     # A place just under 1 times a size can round up to the size.
     shown = depth[y.long().clamp(max=rows - 1), x.long().clamp(max=columns - 1)]
-    return place, inside & (shown > 0) & ((z - shown).abs() <= tolerance + 0.01 * shown)
+    return place, inside & (shown > 0) & shown.isfinite() & ((z - shown).abs() <= tolerance + 0.01 * shown)
 
 
 def lift_features(

@@ -77,6 +77,8 @@ def load_pair_backbone(source: str | os.PathLike[str]) -> CroCoPair:
     """
     if Path(source).is_file():
         return build_pair(read_croco_file(source))
+    if Path(source).suffix in (".pth", ".pt", ".safetensors"):
+        raise CheckpointError(f"{source}: no such file")
     folder = locate_folder(source)
     backbone = load(folder)
     if not isinstance(backbone, CroCoViT):

@@ -11,6 +11,7 @@ works for images of any size alike. Downstream models on pairs of images keep en
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -59,6 +60,9 @@ class CroCoViTConfig:
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
         if len(self.image_size) != 2 or any(side < self.patch or side % self.patch for side in self.image_size):
             raise ConfigError(f"image_size must be height and width, multiples of the patch {self.patch}, got {self.image_size}")
+        if not 0 < self.rope_base < math.inf:
+            raise ConfigError(f"rope_base must be a finite number above 0, got {self.rope_base}")
+        check_mlp(self.dim, self.mlp_ratio)
         check_width(self.dim, self.heads, self.position, "")
 
     @property
@@ -96,11 +100,18 @@ class CroCoDecoderConfig:
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.dim % self.heads:
             raise ConfigError(f"heads must divide dim, got dim={self.dim} and heads={self.heads}")
+        check_mlp(self.dim, self.mlp_ratio)
 
     def build(self, encoder: CroCoViTConfig) -> CroCoDecoder:
         """Create the decoder for the features of ``encoder`` with fresh weights."""
         check_width(self.dim, self.heads, encoder.position, "decoder.")
         return CroCoDecoder(self, encoder)
+
+
+def check_mlp(dim: int, mlp_ratio: float) -> None:
+    """Refuse MLPs without hidden channels."""
+    if not 1 <= mlp_ratio * dim < math.inf:
+        raise ConfigError(f"mlp_ratio must give the MLPs hidden channels (mlp_ratio * dim >= 1), got {mlp_ratio} for dim {dim}")
 
 
 def check_width(dim: int, heads: int, position: str, prefix: str) -> None:
@@ -163,8 +174,9 @@ class GridPositions(nn.Module):
         table: Tensor = self.get_buffer("table")
         if grid == self.grid:
             return table
-        cells = table.unflatten(0, self.grid).permute(2, 0, 1)[None].float()
-        return F.interpolate(cells, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
+        wide = torch.float64 if table.dtype == torch.float64 else torch.float32
+        cells = table.unflatten(0, self.grid).permute(2, 0, 1)[None].to(wide)
+        return F.interpolate(cells, grid, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
 
     def rotations(self, grid: tuple[int, int], x: Tensor) -> Tensor | None:
         """Table of :func:`geossl.ops.rope_2d` for each cell, on the device of ``x``; None for the sin-cos code.

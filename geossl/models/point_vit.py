@@ -239,15 +239,19 @@ def sample_groups(coord: Tensor, offsets: Tensor, groups: int, group_size: int, 
 
 
 def resolve_indices(indices: int | list[int] | None, depth: int, what: str = "block") -> list[int]:
-    """Turn the ``indices`` argument of ``forward_intermediates`` into numbers 0..depth-1 of its blocks, or of what else it counts."""
+    """Turn the ``indices`` argument of ``forward_intermediates`` into numbers 0..depth-1 of its blocks, or of what else it counts.
+
+    Raises:
+        ConfigError: there is no such block (a ValueError; the programs, which hand indices on, show its message alone).
+    """
     if indices is None:
         return list(range(depth))
     if isinstance(indices, int) and not 1 <= indices <= depth:
-        raise ValueError(f"indices: the last {indices} {what}s were asked for, but the backbone has {depth} (give 1..{depth}, or a list)")
+        raise ConfigError(f"indices: the last {indices} {what}s were asked for, but the backbone has {depth} (give 1..{depth}, or a list)")
     wanted = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
     for i in wanted:
         if not -depth <= i < depth:
-            raise ValueError(f"indices: {what} {i} does not exist; the backbone has {depth} {what}s (0..{depth - 1}, or -1 for the last)")
+            raise ConfigError(f"indices: {what} {i} does not exist; the backbone has {depth} {what}s (0..{depth - 1}, or -1 for the last)")
     return [i % depth for i in wanted]
 
 

@@ -110,6 +110,25 @@ def test_images_to_maps(image_export, photos, tmp_path, capsys):
         np.testing.assert_array_equal(archive["map_0"], found.maps[0].numpy())
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--output", "global", "--points", "5"], "--output, --points: for models of point clouds, but this one reads images"),
+        (["--layers", "9"], "block 9 does not exist; the backbone has 2 blocks"),
+        (["--reference", "b.png", "--batch_size", "2"], "--batch_size: pairs (--reference) are encoded one by one"),
+        (
+            ["--reference", "b.png", "--scene.name", "rooms"],
+            "--reference: a data set of posed images (--scene) is read without second images",
+        ),
+    ],
+)
+def test_options_that_images_do_not_read_are_refused(image_export, photos, tmp_path, capsys, options, words):
+    source = [] if "--scene.name" in options else [str(photos)]
+    assert run("extract", [str(image_export), *source, *options, "--out", str(tmp_path / "f.npz")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "f.npz").exists()
+
+
 def test_posed_images_to_points(image_export, tmp_path, capsys):
     out = tmp_path / "f.npz"
     scene = ["--scene.name", "rooms", "--scene.test_count", "1", "--scene.views", "2", "--scene.points", "500"]

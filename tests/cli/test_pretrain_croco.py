@@ -66,7 +66,7 @@ def test_a_run_on_pairs_leaves_everything_behind(finished: Path) -> None:
 
 def test_the_report_shows_completions(finished: Path) -> None:
     arrays = np.load(finished / "report/images.npz")
-    assert arrays["titles"].tolist() == ["image", "masked", "reference", "completion", "error"]
+    assert arrays["titles"].tolist() == ["image", "masked", "reference", "completion", "error", "features", "matches"]
     assert len(arrays["names"]) == 2  # the test part
     assert arrays["completion_1"].shape == (64, 64, 3)
     page = (finished / "report.html").read_text()

@@ -60,6 +60,7 @@ def test_nothing_known():
     scores = score_matches(stay_put(GRID, PATCH), torch.full((2, 48, 64), torch.inf), PATCH)
     assert scores.patches == 0
     assert math.isnan(scores.median_error)
+    assert score_matches([], [], PATCH).patches == 0
 
 
 def test_attention_of_another_grid():

@@ -93,6 +93,10 @@ def test_files_folders_and_lists(backbone, tmp_path):
     assert saved["sizes"].tolist() == [[16, 32], [32, 32], [32, 32]]
     with safe_open(features.save(tmp_path / "out.safetensors"), "np") as file:
         assert json.loads(file.metadata()["names"]) == features.names
+        assert all(np.array_equal(file.get_tensor(f"map_{number}"), feats.numpy()) for number, feats in enumerate(features.maps))
+    strided = replace(features, maps=[feats.permute(1, 2, 0).contiguous().permute(2, 0, 1) for feats in features.maps])  # as backbones give
+    with safe_open(strided.save(tmp_path / "out.safetensors"), "np") as file:
+        assert all(np.array_equal(file.get_tensor(f"map_{number}"), feats.numpy()) for number, feats in enumerate(features.maps))
     with pytest.raises(DataError, match=r"\.npz or \.safetensors"):
         features.save(tmp_path / "out.csv")
 

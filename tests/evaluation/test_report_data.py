@@ -100,3 +100,20 @@ def test_tables_show_the_encoder_beside_every_baseline():
     assert "70.0 ± 14.1 (50.0)" in text
     assert "50.0 ± 0.0 " in text
     assert "75" in text  # recall of the rods; balls have no test sample
+
+
+def test_pictures_on_another_device_get_a_generator_of_the_host(encoder, test_shapes, tmp_path, monkeypatch):
+    """Masks are drawn on the CPU wherever the method is; "meta" stands for a GPU."""
+
+    class Stop(Exception):
+        pass
+
+    class Elsewhere(Method):
+        def pictures(self, batch, *, generator):
+            assert batch.points.coord.device.type == "meta"
+            torch.rand(2, generator=generator)
+            raise Stop
+
+    monkeypatch.setattr("geossl.evaluation.report_data.device_of", lambda module: torch.device("meta"))
+    with pytest.raises(Stop):
+        save_report_data(tmp_path, Elsewhere(encoder), None, test_shapes)

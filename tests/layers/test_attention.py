@@ -251,6 +251,8 @@ def test_cross_attention_is_softmax_over_the_memory_of_the_same_sample():
         torch.testing.assert_close(found[rows], expected)
     with pytest.raises(ValueError, match="dim must be a multiple of heads, got dim=8, heads=3"):
         CrossAttention(8, 3)
+    with pytest.raises(ValueError, match="give both rope and memory_rope, or none of them"):
+        attention(torch.randn(2, 8), torch.randn(3, 8), Segments((2,)), Segments((3,)), rope=torch.randn(2, 2, 2))
 
 
 def test_a_cross_block_leaves_its_memory_and_can_give_some_rows():

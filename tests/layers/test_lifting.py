@@ -67,6 +67,7 @@ def test_what_is_hidden_behind_or_outside_is_not_read():
     assert seen.tolist() == [1, 1, 1, 1, 0, 0, 0]
     assert feats[4:].eq(0).all()
     assert visible_in(points, view[0], torch.zeros(24, 32))[1].sum() == 0  # unknown depth
+    assert visible_in(points, view[0], torch.full((24, 32), torch.inf))[1].sum() == 0
     small = torch.nn.functional.interpolate(depth[None], (6, 8), mode="area")[0]
     assert lift_features(points, maps, view, small, tolerance=0.1).views[0] == 1  # the depth image may have another size
 

@@ -225,6 +225,11 @@ def test_a_pair_is_saved_and_loaded(tmp_path):
         load_pair_backbone(points)
 
 
+def test_a_missing_file_is_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"croco\.pth: no such file"):
+        load_pair_backbone(tmp_path / "croco.pth")
+
+
 def test_the_convert_program_writes_encoder_and_decoder(tmp_path, capsys):
     torch.save({"model": published_state(), "croco_kwargs": ARGUMENTS}, tmp_path / "official.pth")
     assert run("convert", [str(tmp_path / "official.pth"), str(tmp_path / "out")]) == 0

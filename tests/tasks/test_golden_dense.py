@@ -15,6 +15,7 @@ import torch
 from golden_files import ROOT, GoldenFile, close, golden_files
 
 import geossl
+from geossl.cli import run
 from geossl.errors import CheckpointError
 from geossl.evaluation import DenseMeter
 from geossl.geometry import ImageBatch
@@ -75,6 +76,20 @@ def test_every_stage_of_the_head(case: Case) -> None:
         close(path, expected[f"mid/path{number}"], rtol=0, atol=2e-4, name=f"path {number}")
         path = model.head.fuse[number - 2](path, layers[number - 2])
     close(model.output(*case.images), expected["out/head"], rtol=0, atol=2e-4, name="head")
+
+
+@torch.no_grad()
+def test_the_convert_program_keeps_encoder_decoder_and_head(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(**case.options, criterion="LaplacianLossBounded2()", croco_args=case.config["cfg"])
+    torch.save({"model": case.part("sd/"), "args": args}, tmp_path / "official.pth")
+    assert run("convert", [str(tmp_path / "official.pth"), str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "load_pair_backbone" in shown
+    task: Any = geossl.tasks.load_task(tmp_path / "out")
+    assert task.config == dataclasses.replace(case.model.config, overlap=task.config.overlap)
+    assert torch.equal(task.output(*case.images), case.model.output(*case.images))
+    pair = geossl.models.load_pair_backbone(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(pair(*case.images), case.model.body(*case.images), strict=True))
 
 
 def test_losses_and_metrics(case: Case) -> None:
