@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,18 +128,20 @@ def extract_pair_features(
     """
     pair = resolve_pair(model)
     found = ImageFeatures([], [], [])
-    pictures, seconds = list(_pictures(image)), list(_pictures(reference))
-    if not pictures or len(pictures) != len(seconds):
-        raise DataError(f"extract_pair_features: needs as many second pictures as pictures, got {len(pictures)} and {len(seconds)}")
     wanted = [-1] if layers is None else layers if isinstance(layers, int) else list(layers)
     with frozen(pair):
-        for (name, one), (_, other) in zip(pictures, seconds, strict=True):
-            fitted = fit_patches(one[None], pair.backbone.config.patch, size)
-            both = [fitted, fit_patches(other[None], pair.backbone.config.patch, (fitted.shape[2], fitted.shape[3]))]
+        for number, (one, other) in enumerate(itertools.zip_longest(_pictures(image), _pictures(reference))):
+            if one is None or other is None:
+                which = "second pictures" if other is None else "pictures"
+                raise DataError(f"extract_pair_features: every picture needs a second one, but there are only {number} {which}")
+            fitted = fit_patches(one[1][None], pair.backbone.config.patch, size)
+            both = [fitted, fit_patches(other[1][None], pair.backbone.config.patch, (fitted.shape[2], fitted.shape[3]))]
             maps = pair(*(normalize_images(x.to(device_of(pair))) for x in both), wanted)
             found.maps.append(torch.cat(maps, 1)[0].cpu().float())
-            found.sizes.append((one.shape[1], one.shape[2]))
-            found.names.append(name)
+            found.sizes.append((one[1].shape[1], one[1].shape[2]))
+            found.names.append(one[0])
+    if not len(found):
+        raise DataError(f"extract_pair_features: {image!r} holds no picture; image files end in {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 

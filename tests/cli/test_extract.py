@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 import geossl
 from geossl.cli import extract, run
-from geossl.models import CroCoDecoderConfig, CroCoPair, save_backbone, save_pair_backbone
+from geossl.errors import DataError
+from geossl.models import CroCoDecoderConfig, CroCoPair, load_pair_backbone, save_backbone, save_pair_backbone
 
 
 @pytest.fixture
@@ -149,3 +150,16 @@ def test_models_of_the_wrong_kind_of_input(export, image_export, photos, tmp_pat
     with pytest.raises(TypeError, match="need an encoder and its decoder"):
         geossl.evaluation.extract_pair_features(geossl.load(image_export), torch.rand(3, 32, 32), torch.rand(3, 32, 32))
     assert not (tmp_path / "f.npz").exists()
+
+
+def test_pairs_that_do_not_come_out_even(image_export, photos, tmp_path):
+    pair = load_pair_backbone(image_export)
+    both = geossl.evaluation.extract_pair_features(pair, photos, photos)
+    assert both.names == ["a.png", "b.png"]
+    with pytest.raises(DataError, match="there are only 1 second pictures"):
+        geossl.evaluation.extract_pair_features(pair, photos, photos / "a.png")
+    with pytest.raises(DataError, match="there are only 1 pictures"):
+        geossl.evaluation.extract_pair_features(pair, photos / "a.png", photos)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no picture"):
+        geossl.evaluation.extract_pair_features(pair, tmp_path / "none", tmp_path / "none")
