@@ -3,7 +3,7 @@
     evaluate.py MODEL [CONFIG.yaml] [--data.name objects] [--layers 3 5] [--per-class] [--out scores.json]
     evaluate.py svm MODEL [CONFIG.yaml] ...      short for --probes svm svm_cv svm_published; also knn, linear
     evaluate.py task MODEL [CONFIG.yaml] ...     score a fine-tuned model instead, see ``geossl.cli.evaluate_task``
-    evaluate.py dense MODEL ...                  predict or score disparity, flow, depth or normals, see ``geossl.cli.evaluate_dense``
+    evaluate.py dense MODEL ...                  predict or score disparity, flow, depth, normals or pose, see ``geossl.cli.evaluate_dense``
 
 MODEL is a run folder, an export folder, a hub id, an official checkpoint file or the registered name of a backbone (then with random
 weights). Without flags for the data, a run folder is probed on the data set it was trained on. On particle events, tokens are probed for

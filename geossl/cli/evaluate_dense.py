@@ -1,9 +1,10 @@
-"""``geossl evaluate dense``: predict disparity, flow, depth or normals of images, and score a model on the test part of its data.
+"""``geossl evaluate dense``: predict disparity, flow, depth or normals of images, and score a model, of relative pose too, on test data.
 
     evaluate.py dense MODEL --left left.jpg --right right.jpg --out disparity.png [--truth disparity_true.png]
     evaluate.py dense MODEL [CONFIG.yaml] [--data.name room_pairs ...]
 
-MODEL is a run folder of ``geossl finetune`` with task stereo, flow, depth or normals, or an official stereo or flow file of CroCo.
+MODEL is a run folder of ``geossl finetune`` with task stereo, flow, depth, normals or relative_pose, or an official stereo or flow file of
+CroCo.
 Images of any size are predicted in windows, see ``geossl.tasks.tiling``.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from geossl.cli.evaluate import data_of_run
 from geossl.cli.finetune import check_images
+from geossl.cli.scores import score_task
 from geossl.cli.training import make_console
 from geossl.config import load_config, registry_field, require, split_arguments
 from geossl.data import DATASETS
@@ -28,12 +30,12 @@ from geossl.data.files import atomic_write, write_json
 from geossl.data.image_files import decode_image
 from geossl.data.scene import read_depth
 from geossl.errors import CheckpointError, ConfigError, DataError
-from geossl.evaluation import DenseMeter, evaluate_dense
+from geossl.evaluation import DenseMeter
 from geossl.evaluation.dense_pictures import paint
 from geossl.geometry import normalize_images
 from geossl.layers.dense_errors import CHANNELS
 from geossl.methods.reference import find_system, load_reference
-from geossl.tasks import Dense, load_task
+from geossl.tasks import Dense, RelativePose, load_task
 from geossl.tasks.dense import PairDenseConfig
 
 
@@ -84,21 +86,24 @@ def main(argv: list[str]) -> int:
     if not told and not found:
         raise ConfigError(f"data: {name} does not tell what it was trained on; give --left, or --data.name with its settings")
     module = load_dense(name, config)
-    return predict_images(module, config) if config.left is not None else score(name, module, config)
+    return predict_images(module, config) if isinstance(module, Dense) and config.left is not None else score(name, module, config)
 
 
-def load_dense(name: str, config: EvaluateDenseConfig) -> Dense:
-    """Load a dense model from a run folder or an official file, with the windows that ``config`` wants, on its device."""
+def load_dense(name: str, config: EvaluateDenseConfig) -> Dense | RelativePose:
+    """Load a model, dense or of relative pose, from a run folder or an official file, on its device, with the windows of ``config``."""
     official = Path(name).is_file()
     module = load_reference(find_system(name), name) if official else load_task(name)
-    if not isinstance(module, Dense):
-        raise CheckpointError(f"{name}: holds a {type(module).__name__}, expected a model of task {', '.join(CHANNELS)}")
-    changes: dict[str, Any] = {"windows_at_once": config.windows_at_once}
-    if config.window:
-        changes["window"] = tuple(config.window)
-    if config.overlap is not None:
-        changes["overlap"] = config.overlap
-    module.config = replace(module.config, **changes)
+    if isinstance(module, Dense):
+        changes: dict[str, Any] = {"windows_at_once": config.windows_at_once}
+        if config.window:
+            changes["window"] = tuple(config.window)
+        if config.overlap is not None:
+            changes["overlap"] = config.overlap
+        module.config = replace(module.config, **changes)
+    elif not isinstance(module, RelativePose):
+        raise CheckpointError(f"{name}: holds a {type(module).__name__}, expected a model of task {', '.join(CHANNELS)} or relative_pose")
+    elif config.left is not None:
+        raise ConfigError("left: task relative_pose predicts no images; leave it out, and the motions of a test part are scored")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     return module.to(device).eval()
 
@@ -114,6 +119,8 @@ def predict_images(module: Dense, config: EvaluateDenseConfig) -> int:
     check_out(config.out, kind)
     left, right = (None if path is None else read_normalized(path) for path in (config.left, config.right))
     assert left is not None
+    if right is not None and right.shape != left.shape:
+        raise DataError(f"{config.right}: is {list(right.shape[2:])}, but {config.left} is {list(left.shape[2:])}; pairs have one size")
     truth = None if config.truth is None else read_truth(config.truth, kind)
     if truth is not None and truth.shape[1:] != left.shape[2:]:
         raise DataError(f"{config.truth}: is {list(truth.shape[1:])}, but {config.left} is {list(left.shape[2:])}")
@@ -132,11 +139,13 @@ def predict_images(module: Dense, config: EvaluateDenseConfig) -> int:
     return 0
 
 
-def score(name: str, module: Dense, config: EvaluateDenseConfig) -> int:
+def score(name: str, module: Dense | RelativePose, config: EvaluateDenseConfig) -> int:
     """Score ``module`` on the test part of ``config.data``."""
     test = config.data.build("test")
+    if not len(test):
+        raise DataError(f"data: {config.data.name} has no test part to score {name} on; choose other data")
     check_images(test, module.config, training=False)
-    scores = evaluate_dense(module, test)
+    scores = score_task(module, test, 1)
     show(f"{module.config.name} on the test part of {config.data.name}, {len(test)} samples", scores)
     out = config.out or (Path(name) if Path(name).is_dir() else Path()) / f"evaluation_{module.config.name}_{config.data.name}.json"
     write_json(out, {"model": name, "task": module.config.name, "data": config.data.name, "samples": len(test), "scores": scores})
@@ -176,8 +185,8 @@ def read_truth(path: Path, kind: str) -> Tensor:
     if kind == "flow":
         return read_flow(path)
     if kind == "depth":  # as disparity, in which what is not positive is unknown, too
-        return read_depth(path)[0][None] if path.suffix == ".png" else read_disparity(path)
-    values = read_npy(path) if path.suffix == ".npy" else read_pfm(path)
+        return read_depth(path)[0][None] if path.suffix.lower() == ".png" else read_disparity(path)
+    values = read_npy(path) if path.suffix.lower() == ".npy" else read_pfm(path)
     if values.ndim != 3 or values.shape[2] != 3:
         raise DataError(f"{path}: normals must be [H, W, 3], got {list(values.shape)}")
     return torch.from_numpy(values.astype(np.float32).transpose(2, 0, 1).copy())

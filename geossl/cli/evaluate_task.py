@@ -23,7 +23,7 @@ from geossl.data.files import write_json
 from geossl.errors import CheckpointError, ConfigError
 from geossl.evaluation import evaluate_by_voting
 from geossl.methods.reference import find_system, load_reference
-from geossl.tasks import Dense, load_task
+from geossl.tasks import Dense, RelativePose, load_task
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def load_model(name: str, config: EvaluateTaskConfig) -> Any:
 
 def checked_kind(name: str, model: Any) -> Any:
     """Return ``model``, if it predicts classes."""
-    if isinstance(model, Dense):
+    if isinstance(model, Dense | RelativePose):
         raise CheckpointError(f"{name}: is a model of task {model.config.name}, which has no classes; use geossl evaluate dense MODEL")
     return model
 

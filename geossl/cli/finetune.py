@@ -76,7 +76,7 @@ class FinetuneConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(run_folder=Path("runs/finetune"), steps=1000, batch_size=32))
     """Length, size and machinery of the training."""
     evaluate_every: int = 250
-    """Steps between two evaluations on the test part; the last step is always evaluated."""
+    """Steps between two evaluations on the test part, if there is one; the last step is always evaluated."""
     evaluate_samples: int = 0
     """Evaluate on the first so many samples of the test part; 0 takes all."""
     resume: str = "none"
@@ -136,16 +136,20 @@ def train_task(config: FinetuneConfig, world: World, dataset: Any, test: Any) ->
     def report(module: nn.Module, folder: Path) -> None:
         from geossl.vis import write_report
 
-        if isinstance(config.task, SegmentationConfig):
+        if not len(test):
+            pass  # there is nothing to show but the curves
+        elif isinstance(config.task, SegmentationConfig):
             found = evaluate_segmentation(module, test, batch_size=config.train.batch_size)
             save_segmentation_data(folder, module, test, found, seed=config.train.seed)
         elif isinstance(config.task, DenseConfig):
             save_dense_data(folder, module, test)
         log.info("report: %s", write_report(folder))
 
+    if not len(test):
+        log.warning("data: %s has no test part: the model is not scored, and no checkpoint is the best", config.data.name)
     hooks = Hooks(
-        probe=lambda module: score_task(module, test, config.train.batch_size),
-        probe_every=config.evaluate_every,
+        probe=(lambda module: score_task(module, test, config.train.batch_size)) if len(test) else None,
+        probe_every=config.evaluate_every if len(test) else 0,
         best=BEST_SCORE[config.task.name],
         export=export,
         report=report,

@@ -19,6 +19,7 @@ published.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -130,6 +131,10 @@ class _Unit:
     place: Place | None = None
     listed: list[CroppedPair] = field(default_factory=list)
     images: Path | None = None
+
+    def mark(self) -> str:
+        """Tell the unit from others that a shard of this number may have been made of before: the source may have changed since."""
+        return hashlib.sha256("".join([f"{self.name}\n", *write_crop_list(self.listed)]).encode()).hexdigest()[:16]
 
 
 def write_pairs(
@@ -248,9 +253,14 @@ def check_pairs(root: Path) -> int:
     """Compare every tar of a set with its checksum, and return how many there are.
 
     Raises:
-        DataError: a file is missing or differs; the message names it.
+        DataError: a file is missing or differs; the message names it. Or the set is folders of images, which have no checksums.
     """
-    shards = [shard for shard in read_index(root)["shards"] if "sha256" in shard]
+    index = read_index(root)
+    if index["settings"].get("layout") == "folder":
+        raise DataError(
+            f"{root}: holds folders of images, which have no checksums; PairsConfig(root=...).build('all').check() decodes them"
+        )
+    shards = [shard for shard in index["shards"] if shard["pairs"]]
     for shard in shards:
         path = existing(root / shard["file"], "shard")
         if sha256(path) != shard["sha256"]:
@@ -264,6 +274,7 @@ def _write_unit(
     """Make and write one shard, unless it is there already; return what the index says of it."""
     out, options, settings, unit = task
     stem = f"pairs-{unit.number:05d}"
+    settings = {**settings, "unit": unit.mark()}
     info = _finished(out, stem, settings)
     if info is not None:
         return info
@@ -285,7 +296,7 @@ def _write_unit(
 
 
 def _finished(out: Path, stem: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what is known of a shard that is there already and was made with the same settings, else None."""
+    """Return what is known of a shard that is there already and was made of the same with the same settings, else None."""
     known = out / f"{stem}.json"
     if not known.exists():
         return None

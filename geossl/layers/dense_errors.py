@@ -27,8 +27,8 @@ def stereo_errors(prediction: Tensor, truth: Tensor) -> Quantities:
     known = truth.isfinite().all(1)
     error = (torch.where(known[:, None], truth, 0.0) - prediction).abs()[:, 0]
     found = {"L1err": (error, known), "squared": (error.square(), known)}
-    found |= {f"bad@{limit:.1f}": _beyond(error > limit, known) for limit in (0.5, 1.0, 2.0, 3.0)}
-    return found | {"D1-all": _beyond((error > 3) & (error > 0.05 * truth[:, 0].abs()), known)}
+    found |= {f"bad@{limit:.1f}": _share(error > limit, error, known) for limit in (0.5, 1.0, 2.0, 3.0)}
+    return found | {"D1-all": _share((error > 3) & (error > 0.05 * truth[:, 0].abs()), error, known)}
 
 
 def flow_errors(prediction: Tensor, truth: Tensor) -> Quantities:
@@ -38,8 +38,8 @@ def flow_errors(prediction: Tensor, truth: Tensor) -> Quantities:
     difference = truth - prediction
     error, speed = difference.square().sum(1).sqrt(), truth.square().sum(1).sqrt()
     found = {"EPE": (error, known), "L1err": (difference.abs().sum(1), known)}
-    found |= {f"bad@{limit:.1f}": _beyond(error > limit, known) for limit in (0.5, 1.0, 3.0, 5.0)}
-    found["F1-all"] = _beyond((error > 3) & (error > 0.05 * speed), known)
+    found |= {f"bad@{limit:.1f}": _share(error > limit, error, known) for limit in (0.5, 1.0, 3.0, 5.0)}
+    found["F1-all"] = _share((error > 3) & (error > 0.05 * speed), error, known)
     slow, fast = speed < 10, speed >= 40
     return found | {"s0-10": (error, known & slow), "s10-40": (error, known & ~slow & ~fast), "s40+": (error, known & fast)}
 
@@ -51,7 +51,7 @@ def depth_errors(prediction: Tensor, truth: Tensor) -> Quantities:
     guess = prediction[:, 0]
     ratio = torch.where(guess > 0, torch.maximum(guess / truth, truth / guess), torch.inf)
     found = {"absrel": ((guess - truth).abs() / truth, known), "squared": ((guess - truth).square(), known)}
-    return found | {f"delta{k}": _beyond(ratio < 1.25**k, known) for k in (1, 2, 3)}
+    return found | {f"delta{k}": _share(ratio < 1.25**k, guess, known) for k in (1, 2, 3)}
 
 
 def normals_errors(prediction: Tensor, truth: Tensor) -> Quantities:
@@ -62,7 +62,7 @@ def normals_errors(prediction: Tensor, truth: Tensor) -> Quantities:
     # The arc tangent tells small angles apart, which the arc cosine does not.
     angle = torch.rad2deg(torch.atan2(torch.linalg.cross(guess, unit, dim=1).norm(dim=1), (guess * unit).sum(1)))
     found = {"mean_angle": (angle, known)}
-    return found | {f"within{limit:g}": _beyond(angle < limit, known) for limit in (11.25, 22.5, 30.0)}
+    return found | {f"within{limit:g}": _share(angle < limit, angle, known) for limit in (11.25, 22.5, 30.0)}
 
 
 ERRORS: dict[str, Callable[[Tensor, Tensor], Quantities]] = {
@@ -133,6 +133,6 @@ def batch_scores(kind: str, prediction: Tensor, truth: Tensor) -> dict[str, Tens
     return {names[name]: value for name, value in found.items() if name in names}
 
 
-def _beyond(which: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """A share in per cent, as a number for each pixel."""
-    return 100.0 * which, known
+def _share(which: Tensor, value: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """A share in per cent, as a number for each pixel; NaN where ``value``, which was compared, is: no comparison is true of it."""
+    return torch.where(value.isnan(), torch.nan, 100.0 * which), known

@@ -335,21 +335,23 @@ class Dense(nn.Module):
         """
         config, pixel_units = self.config, isinstance(self.body, CroCoPair)
         if config.window is None:
-            return predict_whole(
+            found = predict_whole(
                 self._network, image, reference, multiple=self._multiple, confident=config.confident, pixel_units=pixel_units
             )
-        found = predict_tiled(
-            self._network,
-            image,
-            reference,
-            window=config.window,
-            overlap=config.overlap,
-            weighting=Weighting.parse(config.tile_weighting if config.confident else "equal"),
-            confident=config.confident,
-            pixel_units=pixel_units,
-            windows_at_once=config.windows_at_once,
-            published=published,
-        )
+        else:
+            found = predict_tiled(
+                self._network,
+                image,
+                reference,
+                window=config.window,
+                overlap=config.overlap,
+                weighting=Weighting.parse(config.tile_weighting if config.confident else "equal"),
+                confident=config.confident,
+                pixel_units=pixel_units,
+                windows_at_once=config.windows_at_once,
+                published=published,
+            )
+        # Means of unit vectors, over windows or neighbours, are shorter.
         return Prediction(F.normalize(found.values, dim=1), None) if config.name == "normals" else found
 
     def _network(self, image: Tensor, reference: Tensor | None) -> Tensor:

@@ -134,7 +134,8 @@ def predict_tiled(
         overlap: Share of a window that its neighbours cover as well, at least; in [0, 1). Published: 0.7, and 0.9 for the benchmarks.
         weighting: How windows are weighed where they overlap.
         confident: Whether the network gives a confidence; without, windows count alike whatever ``weighting`` says.
-        pixel_units: Values are lengths in pixels (along x, or along x and y) and follow the size of the image; False: they do not.
+        pixel_units: Values are lengths in pixels (along x, or along x and y) and follow the size of the image; False: they do not, and are
+            brought back bilinearly, since beyond the range of the neighbours there may be no depth or direction.
         windows_at_once: Windows of each image that are predicted together: more memory, and on a GPU less time.
         published: Enlarge as the published code does, see :func:`enlarged_size`, and leave the confidence at that size.
 
@@ -233,11 +234,11 @@ def check_images(image: Tensor, reference: Tensor | None) -> None:
             raise ValueError(f"{name} has {int((~part.isfinite()).sum())} values that are not finite; replace or crop them")
 
 
-def _resized(images: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Images ``[B, C, h, w]`` at ``size`` (height, width), bicubic; None stays None."""
+def _resized(images: Tensor | None, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Images ``[B, C, h, w]`` at ``size`` (height, width); None stays None."""
     if images is None or images.shape[2:] == size:
         return images  # type: ignore[return-value]
-    return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+    return F.interpolate(images, size=size, mode=mode, align_corners=False)
 
 
 def _brought_to(found: Prediction, size: tuple[int, int], pixel_units: bool) -> Prediction:
@@ -245,7 +246,7 @@ def _brought_to(found: Prediction, size: tuple[int, int], pixel_units: bool) -> 
     (height, width), (rows, columns) = size, found.values.shape[2:]
     if (rows, columns) == size:
         return found
-    values = _resized(found.values, size)
+    values = _resized(found.values, size, "bicubic" if pixel_units else "bilinear")
     if pixel_units:
         values = values * values.new_tensor([width / columns, height / rows])[: values.shape[1], None, None]
     return Prediction(values, None if found.confidence is None else _resized(found.confidence[:, None], size)[:, 0])

@@ -60,6 +60,28 @@ def test_every_task_leaves_a_run_that_loads(kind: str, cache: list[str], tmp_pat
     assert (folder / "report.html").exists()
     module: Any = load_task(folder)
     assert (load_pair_backbone(folder).decoder.config == module.config.decoder) if kind in ("flow", "pose") else True
+    if kind == "pose":
+        assert run("evaluate", ["dense", str(folder)]) == 0
+        found = json.loads((folder / "evaluation_relative_pose_room_pairs.json").read_text())
+        assert found["scores"]["median_rotation"] == pytest.approx(values[-1], rel=1e-4)
+        assert run("evaluate", ["dense", str(folder), "--left", "x.png"]) == 2
+        assert run("evaluate", ["task", str(folder)]) == 2
+
+
+def test_data_without_a_test_part_trains_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("left", "right"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    np.save(tmp_path / "truth.npy", np.full((64, 64), 3.0))
+    (tmp_path / "list.txt").write_text("left.png right.png truth.npy\n" * 2)
+    data = ["--data.name", "stereo", "--data.layout", "list", "--data.root", str(tmp_path / "list.txt"), "--data.crop", "64", "64"]
+    quick = [*QUICK[: QUICK.index("--data.rooms")], "--train.device", "cpu"]
+    assert run("finetune", [smoke("stereo"), *quick, *data, "--train.run_folder", str(tmp_path / "run")]) == 0
+    assert "stereo has no test part: the model is not scored" in capsys.readouterr().err
+    assert (tmp_path / "run/export/task.json").exists()
+    assert (tmp_path / "run/report.html").exists()
+    assert not any("probe/L1err" in row for row in rows(tmp_path / "run"))
+    assert run("evaluate", ["dense", str(tmp_path / "run")]) == 2
+    assert "has no test part to score" in capsys.readouterr().err
 
 
 def test_a_stereo_run(stereo_run: Path) -> None:
@@ -166,6 +188,7 @@ def test_a_pair_of_files(stereo_run: Path, photos: list[str], tmp_path: Path, ca
         (["--left", "LEFT"], "right: task stereo predicts pairs; give the second image"),
         (["--left", "LEFT", "--right", "RIGHT"], "out: give a file to write"),
         (["--left", "LEFT", "--right", "RIGHT", "--out", "x.flo"], "out: must end in .npy, .png, .pfm for task stereo"),
+        (["--left", "LEFT", "--right", "SMALL", "--out", "x.npy"], "pairs have one size"),
         (["--left", "LEFT", "--right", "absent.png", "--out", "x.npy"], "absent.png"),
         (["--right", "RIGHT"], "left must be given with right or truth"),
         (["--left", "LEFT", "--right", "RIGHT", "--out", "x.npy", "--overlap", "1"], "overlap must lie in [0, 1)"),
@@ -175,7 +198,9 @@ def test_a_pair_of_files(stereo_run: Path, photos: list[str], tmp_path: Path, ca
 def test_wrong_files_and_flags(
     arguments: list[str], words: str, stereo_run: Path, photos: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    named = [{"LEFT": photos[0], "RIGHT": photos[1]}.get(word, word) for word in arguments]
+    small = Path(photos[0]).with_name("small.png")
+    Image.new("RGB", (64, 32)).save(small)
+    named = [{"LEFT": photos[0], "RIGHT": photos[1], "SMALL": str(small)}.get(word, word) for word in arguments]
     assert run("evaluate", ["dense", str(stereo_run), *named]) == 2
     assert words in capsys.readouterr().err
 

@@ -138,6 +138,20 @@ def test_the_files_do_not_depend_on_workers_and_interruptions(scenes: Path, tmp_
         check_pairs(two)
 
 
+def test_a_source_that_changed_is_not_taken_for_the_old_one(scenes: Path, tmp_path: Path) -> None:
+    out, listed = tmp_path / "out", scenes / "mine.txt"
+    write_pairs(scenes, out, OPTIONS)
+    write_frames(scenes / "desk" / "seq-01", CAMERAS[:2])  # the second place now: those behind it get other numbers
+    index = write_pairs(scenes, out, OPTIONS)
+    assert [shard["name"] for shard in index["shards"]] == ["chess/seq-01", "desk/seq-01", "fire/seq-02"]
+    write_pairs(scenes, tmp_path / "anew", OPTIONS)
+    assert contents(out) == contents(tmp_path / "anew")
+    for other in (1, 2):
+        listed.write_text(f"chess/seq-01/frame-000000.color.png chess/seq-01/frame-{other:06d}.color.png\n")
+        write_pairs(listed, tmp_path / "list", PairShardOptions(size=24))
+        assert names(tmp_path / "list") == [["frame-000000.color.png", f"frame-{other:06d}.color.png"]]
+
+
 def test_what_cannot_be_used_is_counted(scenes: Path, tmp_path: Path) -> None:
     root = scenes / "chess" / "seq-01"
     np.savetxt(root / "frame-000003.pose.txt", np.full((4, 4), -np.inf))
@@ -220,6 +234,9 @@ def test_folders_are_read_as_pairs(scenes: Path, tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(data.read(row), packed.read(row), strict=True))
     with pytest.raises(DataError, match=r"holds folders of images, not tars; read it with data\.name pairs"):
         PairShardsConfig(root=out).build()
+    assert data.check() == []
+    with pytest.raises(DataError, match="folders of images, which have no checksums"):
+        check_pairs(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

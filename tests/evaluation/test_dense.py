@@ -7,7 +7,7 @@ import torch
 
 from geossl.errors import UnknownNameError
 from geossl.evaluation.dense import DenseMeter
-from geossl.layers.dense_errors import batch_scores
+from geossl.layers.dense_errors import CHANNELS, batch_scores
 
 INF = float("inf")
 
@@ -94,7 +94,17 @@ def test_nothing_known_and_nothing_predicted() -> None:
     unknown = torch.full((1, 1, 2, 2), INF)
     assert math.isnan(scores("stereo", torch.zeros(1, 1, 2, 2), unknown)["L1err"])
     assert math.isnan(batch_scores("stereo", torch.zeros(1, 1, 2, 2), unknown)["avgerr"])
-    assert math.isnan(scores("stereo", torch.full((1, 1, 2, 2), math.nan), torch.zeros(1, 1, 2, 2))["L1err"])
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_a_prediction_that_is_not_a_number_is_never_good(kind: str) -> None:
+    truth = torch.ones(1, CHANNELS[kind], 2, 2)
+    prediction = truth.clone()
+    prediction[0, 0, 0, 0] = math.nan
+    found = scores(kind, prediction, truth)
+    assert all(math.isnan(value) for name, value in found.items() if name not in ("s10-40", "s40+")), found  # no pixel is that fast
+    truth[0, :, 0, 0] = INF  # where nothing is known, nothing is asked
+    assert not any(math.isnan(value) for value in scores(kind, prediction, truth).values())
 
 
 def test_wrong_input() -> None:

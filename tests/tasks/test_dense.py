@@ -111,6 +111,20 @@ def test_lengths_follow_the_size_of_images_predicted_at_once() -> None:
     torch.testing.assert_close(module.predict(image, image).values[0, :, 0, 0], torch.tensor([6.0, 12.0 * 40 / 64]))
 
 
+@pytest.mark.parametrize("window", [None, (64, 64)])
+def test_resized_depths_stay_positive_and_normals_unit(window: tuple[int, int] | None) -> None:
+    image = torch.randn(1, 3, 50, 70)
+    for kind in ("depth", "normals"):
+        module = make(kind, head="linear", window=window)
+        torch.nn.init.normal_(module.head.predict.weight)  # type: ignore[union-attr]  # edges as sharp as they get
+        values = module.predict(image).values
+        assert values.shape == (1, CHANNELS[kind], 50, 70)
+        if kind == "depth":
+            assert float(values.min()) > 0
+        else:
+            torch.testing.assert_close(values.norm(dim=1), torch.ones(1, 50, 70))
+
+
 def test_hooks_on_the_encoder_alone_leave_nothing_untrained_that_trains() -> None:
     module = config("depth", hooks=(0, 1, 1, 2)).build(backbone(4))
     frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
