@@ -55,8 +55,8 @@ class EvaluateDenseConfig:
     default ``evaluation_<task>_<data>.json`` in the model's folder, or here."""
     data: Any = registry_field(DATASETS, default="room_pairs")  # noqa: RUF009 - makes a dataclass field
     """Data set with truth; default: what the run was trained on."""
-    window: tuple[int, int] = ()  # type: ignore[assignment]
-    """Height and width of the windows; none given: those of the training."""
+    window: tuple[int, int] | None = None
+    """Height and width of the windows; null: those of the training."""
     overlap: float | None = None
     """Share of a window that its neighbours cover as well; null: as trained with (published: 0.7, for benchmarks 0.9)."""
     windows_at_once: int = 1
@@ -95,8 +95,8 @@ def load_dense(name: str, config: EvaluateDenseConfig) -> Dense | RelativePose:
     module = load_reference(find_system(name), name) if official else load_task(name)
     if isinstance(module, Dense):
         changes: dict[str, Any] = {"windows_at_once": config.windows_at_once}
-        if config.window:
-            changes["window"] = tuple(config.window)
+        if config.window is not None:
+            changes["window"] = config.window
         if config.overlap is not None:
             changes["overlap"] = config.overlap
         module.config = replace(module.config, **changes)

@@ -116,7 +116,7 @@ def test_published_confidence_stays_enlarged() -> None:
 
 def test_without_confidence() -> None:
     image = torch.randn(1, 3, 20, 30)
-    found = predict_tiled(lambda left, right: left, image, window=(8, 12), weighting=EQUAL)
+    found = predict_tiled(lambda left, right: left, image, window=(8, 12), weighting=EQUAL, confident=False)
     assert found.confidence is None
     torch.testing.assert_close(found.values, image)
 
