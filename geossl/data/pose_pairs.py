@@ -33,6 +33,7 @@ class PosePairsConfig:
     """
 
     name: str = "pose_pairs"
+    """Registered name of the data set."""
     root: Path = Path("data/7scenes/chess")
     """Folder of the sequences, or of the frames of one."""
     height: int = 224

@@ -371,7 +371,7 @@ def test_an_official_checkpoint_of_polar_mae(tmp_path: Path) -> None:
     # The weights cannot tell the number of heads: the released one does not divide the width of this small model.
     assert find_system(tmp_path / "polarmae.ckpt") == "polar_mae"
     torch.save({"state_dict": {"something.weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="of none of the systems point_mae, point_m2ae, i2p_mae, polar_mae; its weights are"):
+    with pytest.raises(CheckpointError, match="of none of the systems point_mae, point_m2ae, i2p_mae, polar_mae, croco; its weights are"):
         find_system(tmp_path / "other.ckpt")
 
 
