@@ -156,6 +156,12 @@ def padded_attention(
     return scaled_dot_product(*padded, mask=visible, dropout=dropout).transpose(1, 2)[asked].flatten(1)
 
 
+def _softmax_weights(query: Tensor, key: Tensor, query_segments: Segments, key_segments: Segments) -> list[Tensor]:
+    """What :func:`packed_attention` mixes the values of each sample by, ``[H, n, m]``."""
+    queries, keys = query.split(list(query_segments.lengths)), key.split(list(key_segments.lengths))
+    return [(q.transpose(0, 1) * q.shape[-1] ** -0.5 @ k.permute(1, 2, 0)).softmax(-1) for q, k in zip(queries, keys, strict=True)]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over packed sequences (Vaswani et al., 2017), as in ViT.
 
@@ -221,11 +227,7 @@ class Attention(nn.Module):
     def weights(self, x: Tensor, segments: Segments) -> list[Tensor]:
         """The softmax weights of each sample's tokens (queries) over its tokens (keys), ``[H, n, n]`` float32, rows summing to 1."""
         q, k, _ = self.qkv(x).view(-1, 3, self.heads, x.shape[1] // self.heads).float().unbind(1)
-        lengths = list(segments.lengths)
-        return [
-            (query.transpose(0, 1) * query.shape[-1] ** -0.5 @ key.permute(1, 2, 0)).softmax(-1)
-            for query, key in zip(q.split(lengths), k.split(lengths), strict=True)
-        ]
+        return _softmax_weights(q, k, segments, segments)
 
 
 class CrossAttention(nn.Module):
@@ -288,10 +290,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(-1, self.heads, x.shape[1] // self.heads).float()
         k = self.kv(memory)[:, : memory.shape[1]].view(-1, self.heads, memory.shape[1] // self.heads).float()
         q, k = _rotate_both(q, k, rope, memory_rope)
-        return [
-            (query.transpose(0, 1) * query.shape[-1] ** -0.5 @ key.permute(1, 2, 0)).softmax(-1)
-            for query, key in zip(q.split(list(segments.lengths)), k.split(list(memory_segments.lengths)), strict=True)
-        ]
+        return _softmax_weights(q, k, segments, memory_segments)
 
 
 def _rotate_both(q: Tensor, k: Tensor, rope: Tensor | None, memory_rope: Tensor | None) -> tuple[Tensor, Tensor]:
