@@ -59,7 +59,7 @@ class CroCoConfig:
     """Complete each image of a pair with the help of the other, instead of the first one only: twice the work a pair."""
     single_view: bool = False
     """Complete without the second image: a masked autoencoder of single images with the same network, the comparison that shows what the
-    second view gives. The cross-attention is left as it was initialised."""
+    second view gives. The cross-attention is not trained, it stays as it was initialised."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -101,6 +101,10 @@ class CroCo(nn.Module):
         self.head = nn.Linear(config.decoder.dim, 3 * backbone.config.patch**2)
         nn.init.normal_(self.mask_token, std=0.02)
         self.head.apply(init_xavier)
+        if config.single_view:  # several processes would wait for gradients that never come
+            for block in self.decoder.blocks:
+                for part in ("norm2", "norm_memory", "cross_attn"):
+                    block.get_submodule(part).requires_grad_(False)
 
     def forward(self, batch: ImageBatch, *, generator: torch.Generator | None = None, mask: Tensor | None = None) -> Output:
         """Hide patches, complete them, and measure how well.

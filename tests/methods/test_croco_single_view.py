@@ -24,6 +24,7 @@ def test_single_view_reads_no_reference_and_trains_no_cross_attention():
     output = method(ImageBatch(image, reference), mask=mask)
     assert torch.equal(output.loss, method(ImageBatch(image), mask=mask).loss)
     output.loss.backward()
+    assert all((value.grad is not None) == value.requires_grad for value in method.parameters())  # nothing DDP would wait for
     idle = {name for name, value in method.named_parameters() if value.grad is None}
     reading = (".cross_attn.", ".norm_memory.", ".norm2.")  # norm2 is the one before the cross-attention
     assert idle == {name for name, _ in method.named_parameters() if name.startswith("decoder.") and any(part in name for part in reading)}
