@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from geossl.errors import CheckpointError, ConfigError
 from geossl.geometry import ImageBatch, Output, denormalize_images
 from geossl.layers import BatchRandom, Segments, random_mask
+from geossl.layers.image_patches import ImagePatches, paste_patches, to_map
 from geossl.layers.masking import hidden_counts
 from geossl.methods.registry import METHODS
 from geossl.models.croco_files import ARGUMENTS, CroCoFile, save_decoder
@@ -30,11 +31,8 @@ from geossl.models.croco_vit import (
     CroCoPair,
     CroCoViT,
     CroCoViTConfig,
-    ImagePatches,
     check_width,
     init_xavier,
-    paste_patches,
-    to_map,
 )
 
 PIXEL_EPS = 1e-6

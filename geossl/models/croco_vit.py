@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geossl.errors import ConfigError, unknown_name
 from geossl.layers import Block, CrossBlock, Segments, run_block
+from geossl.layers.grid_positions import GridPositions
+from geossl.layers.image_patches import ImagePatches, PatchEmbedding, check_images, cut_patches, to_map
 from geossl.models.factory import BACKBONES, FeatureInfo
 from geossl.models.point_vit import resolve_indices
-from geossl.ops import rope_2d_table
 
 NORM_EPS = 1e-6
 """Of every LayerNorm in encoder and decoder."""
-MOST_TABLES = 8
-"""Tables of rotations kept, one for each size of image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,182 +122,6 @@ def check_width(dim: int, heads: int, position: str, prefix: str) -> None:
         raise ConfigError(f"{prefix}dim / {prefix}heads must be a multiple of 4 for position=rope, got {dim} / {heads} = {dim // heads}")
     if position == "cosine" and dim % 4:
         raise ConfigError(f"{prefix}dim must be a multiple of 4 for position=cosine, got {dim}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Positions
-
-
-def grid_positions(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Row and column of every cell of a grid, row by row, ``[height * width, 2]`` int64."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    return torch.stack([rows.repeat_interleave(width), columns.repeat(height)], 1)
-
-
-def sincos_table(height: int, width: int, dim: int) -> Tensor:
-    """Sin-cos code of every cell of a grid, ``[height * width, dim]`` float32: half of the channels for its column, then half for its row.
-
-    Each half holds the sines, then the cosines, of the position at ``dim / 4`` frequencies from 1 down to nearly 1 / 10,000.
-    """
-    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = grid_positions(height, width).flip(1)[:, :, None] * frequency  # [cells, column and row, dim / 4]
-    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1).float()
-
-
-class GridPositions(nn.Module):
-    """Where the cells of a grid are, for transformer blocks: something to add to the tokens, and rotations of queries and keys.
-
-    A sin-cos table belongs to the state, as fine-tuned models keep an interpolated one; it is interpolated (bicubic) to grids of other
-    sizes than its own. Rotations are in float32 whatever autocast says, and kept for the last few sizes.
-
-    Args:
-        kind: "cosine" or "rope".
-        dim: Channels of the tokens.
-        heads: Attention heads of the blocks.
-        grid: Rows and columns that the sin-cos table is made for.
-        base: Base of the frequencies of the rotations.
-    """
-
-    def __init__(self, kind: str, dim: int, heads: int, grid: tuple[int, int], base: float) -> None:
-        super().__init__()
-        self.kind, self.head_dim, self.grid, self.base = kind, dim // heads, grid, base
-        self._tables: dict[Any, Tensor] = {}
-        if kind == "cosine":
-            self.register_buffer("table", sincos_table(*grid, dim))
-
-    def added(self, grid: tuple[int, int]) -> Tensor | None:
-        """Code to add to the token of each cell, ``[cells, dim]``; None for rotations."""
-        if self.kind != "cosine":
-            return None
-        table: Tensor = self.get_buffer("table")
-        if grid == self.grid:
-            return table
-        wide = torch.float64 if table.dtype == torch.float64 else torch.float32
-        cells = table.unflatten(0, self.grid).permute(2, 0, 1)[None].to(wide)
-        return F.interpolate(cells, grid, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
-
-    def rotations(self, grid: tuple[int, int], x: Tensor) -> Tensor | None:
-        """Table of :func:`geossl.ops.rope_2d` for each cell, on the device of ``x``; None for the sin-cos code.
-
-        ``[cells, 2, dim / heads / 2]`` float32, or float64 for float64 tokens.
-        """
-        if self.kind != "rope":
-            return None
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if torch.compiler.is_compiling():
-            return self._rotations(grid, x.device, dtype)
-        key = (grid, x.device, dtype)
-        if key not in self._tables:
-            if len(self._tables) >= MOST_TABLES:
-                del self._tables[next(iter(self._tables))]
-            with torch.inference_mode(False):  # one made inside could not be trained with later
-                self._tables[key] = self._rotations(*key)
-        return self._tables[key]
-
-    def _rotations(self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-        return rope_2d_table(grid_positions(*grid, device), self.head_dim, self.base, dtype=dtype)
-
-    def extra_repr(self) -> str:
-        """What printing a model shows."""
-        return f"{self.kind}, grid={self.grid}" if self.kind == "cosine" else f"{self.kind}, base={self.base:g}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Patches
-
-
-class ImagePatches(NamedTuple):
-    """Patches of images of one size, packed: all of each image, or some."""
-
-    pixels: Tensor  # [T, 3 * patch * patch]: channel, row, column
-    grid: tuple[int, int]  # rows and columns of patches of a whole image
-    segments: Segments  # patches of each image
-    cells: Tensor | None = None  # [T] int64: which cell of its image a patch is, counted row by row; None: all of every image
-
-    def keep(self, rows: Tensor, segments: Segments) -> ImagePatches:
-        """Only the patches in ``rows [V]`` (ascending), of which each image has as many as ``segments`` says."""
-        cells = rows % (self.grid[0] * self.grid[1]) if self.cells is None else self.cells.index_select(0, rows)
-        return ImagePatches(self.pixels.index_select(0, rows), self.grid, segments, cells)
-
-    def join(self, other: ImagePatches) -> ImagePatches:
-        """The patches of both, those of ``self`` first; the images must be of one size."""
-        cells = None if self.cells is None and other.cells is None else torch.cat([self.all_cells(), other.all_cells()])
-        segments = Segments(self.segments.lengths + other.segments.lengths)
-        return ImagePatches(torch.cat([self.pixels, other.pixels]), self.grid, segments, cells)
-
-    def all_cells(self) -> Tensor:
-        """``cells``, also where all are there."""
-        if self.cells is not None:
-            return self.cells
-        return torch.arange(self.grid[0] * self.grid[1], device=self.pixels.device).repeat(len(self.segments.lengths))
-
-
-def check_images(images: Tensor, patch: int, name: str = "images") -> None:
-    """Refuse images of a wrong shape, type or size, and on the CPU (where looking is cheap) values that are not finite.
-
-    Raises:
-        ValueError: the message says what is wrong with ``name``.
-    """
-    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating point [B, 3, H, W], normalised by geossl.geometry.normalize_images; "
-            f"got {images.dtype} {list(images.shape)}"
-        )
-    height, width = images.shape[2:]
-    if height < patch or width < patch or height % patch or width % patch:
-        raise ValueError(
-            f"{name} must have height and width that are multiples of the patch, {patch}, and at least that; got {height} x {width}. "
-            "Crop or resize them"
-        )
-    if images.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
-        wrong = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"{name} must be finite, but number {wrong[0]} of {len(images)} has NaN or infinite pixels")
-
-
-def cut_patches(images: Tensor, patch: int) -> Tensor:
-    """Cut ``[B, C, H, W]`` into patches row by row, ``[B * cells, C, patch, patch]``."""
-    batch, channels, height, width = images.shape
-    cut = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, patch, patch)
-
-
-def paste_patches(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`cut_patches`: ``[B * cells, C, patch, patch]`` to ``[B, C, H, W]``."""
-    _, channels, patch, _ = patches.shape
-    cut = patches.reshape(-1, *grid, channels, patch, patch)
-    return cut.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, grid[0] * patch, grid[1] * patch)
-
-
-def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens of whole images ``[B * cells, C]`` as maps ``[B, C, rows, columns]`` (a view)."""
-    return tokens.view(-1, *grid, tokens.shape[1]).permute(0, 3, 1, 2)
-
-
-class PatchEmbedding(nn.Linear):
-    """Linear layer over the pixels of a patch, ``[T, 3 * patch * patch] -> [T, dim]``.
-
-    In float32 on the CPU it is computed as the convolution it stands for, whose order of summation the published numbers have: in that of a
-    matrix product, features are 1e-5 away from them after a few blocks.
-
-    Args:
-        patch: Rows and columns of a patch.
-        dim: Channels of a token.
-    """
-
-    def __init__(self, patch: int, dim: int) -> None:
-        super().__init__(3 * patch**2, dim)
-        self.patch = patch
-        nn.init.xavier_uniform_(self.weight)  # the bias keeps torch's own, as published
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Embed patches."""
-        if pixels.device.type != "cpu" or pixels.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return super().forward(pixels)
-        count, patch = pixels.shape[0], self.patch
-        strip = (
-            pixels.view(count, 3, patch, patch).permute(1, 2, 0, 3).reshape(1, 3, patch, count * patch)
-        )  # quicker than many small images
-        return F.conv2d(strip, self.weight.view(-1, 3, patch, patch), self.bias, patch)[0, :, 0].T
 
 
 # ---------------------------------------------------------------------------------------------------------------------

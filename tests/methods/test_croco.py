@@ -13,8 +13,9 @@ from geossl.engine.optim import OptimConfig, build_optimizer
 from geossl.errors import ConfigError
 from geossl.geometry import ImageBatch
 from geossl.layers import BatchRandom
+from geossl.layers.image_patches import cut_patches
 from geossl.methods import METHODS, CroCo
-from geossl.models.croco_vit import CroCoDecoderConfig, cut_patches
+from geossl.models.croco_vit import CroCoDecoderConfig
 
 DECODER = CroCoDecoderConfig(dim=16, depth=2, heads=2, mlp_ratio=2.0)
 

@@ -16,9 +16,10 @@ from golden_files import ROOT, GoldenFile, close, golden_files
 import geossl
 from geossl.geometry import ImageBatch
 from geossl.layers import Segments
+from geossl.layers.grid_positions import grid_positions, sincos_table
+from geossl.layers.image_patches import to_map
 from geossl.methods import CroCo
 from geossl.models.croco_files import build_pair, read_croco_file
-from geossl.models.croco_vit import grid_positions, sincos_table, to_map
 
 TOLERANCE = 1e-5
 

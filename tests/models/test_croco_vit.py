@@ -12,8 +12,9 @@ import geossl
 from geossl.cli.pretrain import PretrainConfig
 from geossl.config import load_config
 from geossl.errors import ConfigError, UnknownNameError
+from geossl.layers.grid_positions import MOST_TABLES, grid_positions
+from geossl.layers.image_patches import cut_patches, paste_patches
 from geossl.models import CroCoDecoderConfig, CroCoPair
-from geossl.models.croco_vit import MOST_TABLES, cut_patches, grid_positions, paste_patches
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"image_size": (32, 48), "patch": 8, "dim": 24, "depth": 3, "heads": 2, "mlp_ratio": 2.0}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from geossl.geometry import ImageBatch
 from geossl.layers import Attention, BatchRandom, Block, CrossAttention, CrossBlock
+from geossl.layers.grid_positions import GridPositions, grid_positions
 from geossl.methods.croco import PIXEL_EPS, CroCo
-from geossl.models.croco_vit import CroCoViT, GridPositions, grid_positions
+from geossl.models import CroCoViT
 
 
 def croco_loss(method: CroCo, batch: ImageBatch, generator: torch.Generator) -> Tensor:
