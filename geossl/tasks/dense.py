@@ -27,6 +27,7 @@ from geossl.layers.dpt import STEP
 from geossl.models import CroCoDecoderConfig, CroCoPair, CroCoViT
 from geossl.models.croco_files import CroCoFile, parse_call
 from geossl.models.croco_vit import CroCoViTConfig
+from geossl.tasks.body import BodyTask, with_decoder
 from geossl.tasks.dense_losses import LOSSES, WITH_CONFIDENCE
 from geossl.tasks.dpt_names import convert_dpt_state
 from geossl.tasks.registry import TASKS
@@ -125,19 +126,6 @@ class PairDenseConfig(DenseConfig):
         return Dense(self, with_decoder(self, backbone))
 
 
-def with_decoder(config: Any, backbone: nn.Module) -> CroCoPair:
-    """The encoder ``backbone`` with a fresh decoder of the numbers ``config.decoder``; a pair of both as it is.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(backbone, CroCoPair):
-        return backbone
-    if not isinstance(backbone, CroCoViT):
-        raise ConfigError(f"task {config.name} needs a croco_vit_* backbone, got {type(backbone).__name__}")
-    return CroCoPair(backbone, config.decoder.build(backbone.config))
-
-
 @dataclass(frozen=True, kw_only=True)
 class StereoConfig(PairDenseConfig):
     """Disparity from a rectified pair: the pixel at x of the left image is seen at x - disparity in the right one."""
@@ -212,7 +200,7 @@ def default_hooks(head: str, encoder: int, decoder: int | None) -> tuple[int, ..
     return hooks
 
 
-class Dense(nn.Module):
+class Dense(BodyTask):
     """Dense prediction around CroCo's encoder, or its encoder and decoder; see the module's docstring.
 
     Args:
@@ -225,7 +213,7 @@ class Dense(nn.Module):
     """
 
     def __init__(self, config: DenseConfig, body: CroCoViT | CroCoPair) -> None:
-        super().__init__()
+        super().__init__(body, config.freeze)
         pair = body if isinstance(body, CroCoPair) else None
         depth = len(body.feature_info)
         wrong = [i for i in config.hooks if not -depth <= i < depth]
@@ -241,7 +229,6 @@ class Dense(nn.Module):
                 f"hooks: at least one must be of the decoder ({encoder}..{depth - 1}), which alone sees the second image, got {hooks}"
             )
         self.config = dataclasses.replace(config, hooks=hooks)
-        self.body = body
         inputs = [body.feature_info[i].channels for i in hooks]
         channels, patch = config.channels + config.confident, self.backbone.config.patch
         if config.head == "dpt":
@@ -255,22 +242,8 @@ class Dense(nn.Module):
         self._multiple = STEP if config.head == "dpt" else patch
         if config.window is not None and any(side % self._multiple for side in config.window):
             raise ConfigError(f"window: must be multiples of {self._multiple}, got {config.window}")
-        if config.freeze:
-            body.requires_grad_(False)
-        else:
+        if not config.freeze:
             freeze_unread(body, max(hooks))
-
-    @property
-    def backbone(self) -> CroCoViT:
-        """The encoder."""
-        return self.body.backbone if isinstance(self.body, CroCoPair) else self.body
-
-    def train(self, mode: bool = True) -> Dense:
-        """Set the mode of all parts; a frozen body stays in evaluation mode."""
-        super().train(mode)
-        if self.config.freeze:
-            self.body.eval()
-        return self
 
     def forward(self, batch: ImageBatch, *, generator: torch.Generator | None = None) -> Output:
         """Loss of a batch with truth.
@@ -356,18 +329,6 @@ class Dense(nn.Module):
 
     def _network(self, image: Tensor, reference: Tensor | None) -> Tensor:
         return self.values(self.output(image, reference))
-
-    def no_weight_decay(self) -> set[str]:
-        """Nothing beyond what the backbone names."""
-        return {f"body.{name}" for name in self.body.no_weight_decay()}
-
-    def layer_groups(self) -> list[list[str]]:
-        """Parameter name prefixes from input to output, for layer-wise learning-rate decay."""
-        return [*([f"body.{prefix}" for prefix in prefixes] for prefixes in self.body.layer_groups()), ["head."]]
-
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute block activations in the backward pass."""
-        self.body.set_grad_checkpointing(enabled)
 
 
 def freeze_unread(body: CroCoViT | CroCoPair, deepest: int) -> None:

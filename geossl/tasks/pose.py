@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from geossl.config import require
 from geossl.geometry import ImageBatch, Output, pose_matrix, rotation_from_columns
 from geossl.models import CroCoDecoderConfig, CroCoPair
-from geossl.tasks.dense import with_decoder
+from geossl.tasks.body import BodyTask, with_decoder
 from geossl.tasks.registry import TASKS
 
 
@@ -45,7 +45,7 @@ class RelativePoseConfig:
         return RelativePose(self, with_decoder(self, backbone))
 
 
-class RelativePose(nn.Module):
+class RelativePose(BodyTask):
     """Regression of the motion between two cameras; see the module's docstring.
 
     Args:
@@ -54,9 +54,8 @@ class RelativePose(nn.Module):
     """
 
     def __init__(self, config: RelativePoseConfig, body: CroCoPair) -> None:
-        super().__init__()
+        super().__init__(body, config.freeze)
         self.config = config
-        self.body = body
         layers: list[nn.Module] = []
         for width in (body.decoder.config.dim, config.hidden):
             layers += [nn.Linear(width, config.hidden), nn.ReLU()]
@@ -65,20 +64,6 @@ class RelativePose(nn.Module):
         with torch.no_grad():  # no motion, which is near the truth and far from where two columns make no rotation
             last.bias.copy_(torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0, 0]))
         self.head = nn.Sequential(*layers, last)
-        if config.freeze:
-            body.requires_grad_(False)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The encoder."""
-        return self.body.backbone
-
-    def train(self, mode: bool = True) -> RelativePose:
-        """Set the mode of all parts; a frozen body stays in evaluation mode."""
-        super().train(mode)
-        if self.config.freeze:
-            self.body.eval()
-        return self
 
     def forward(self, batch: ImageBatch, *, generator: torch.Generator | None = None) -> Output:
         """Distance to the true motions.
@@ -117,18 +102,6 @@ class RelativePose(nn.Module):
     def predict(self, image: Tensor, reference: Tensor) -> Tensor:
         """:meth:`motion` without gradients."""
         return self.motion(image, reference)
-
-    def no_weight_decay(self) -> set[str]:
-        """Nothing beyond what the backbone names."""
-        return {f"body.{name}" for name in self.body.no_weight_decay()}
-
-    def layer_groups(self) -> list[list[str]]:
-        """Parameter name prefixes from input to output, for layer-wise learning-rate decay."""
-        return [*([f"body.{prefix}" for prefix in prefixes] for prefixes in self.body.layer_groups()), ["head."]]
-
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute block activations in the backward pass."""
-        self.body.set_grad_checkpointing(enabled)
 
 
 @TASKS.register
