@@ -11,7 +11,7 @@ furnished rooms, ``room_shards`` the same written once; ``rgbd_folder``, ``sunrg
 
 from geossl.data.augment import AugmentConfig
 from geossl.data.dataset import DATASETS, PointDataConfig, PointDataset
-from geossl.data.dense import DepthConfig, FlowConfig, StereoConfig
+from geossl.data.dense import DepthDataConfig, FlowDataConfig, StereoDataConfig
 from geossl.data.dense_files import read_disparity, read_flow
 from geossl.data.event_files import read_events
 from geossl.data.event_shards import EventShardOptions, EventShardsConfig, write_event_shards
@@ -51,14 +51,14 @@ __all__ = [
     "SCENES",
     "AugmentConfig",
     "ColorJitterConfig",
-    "DepthConfig",
+    "DepthDataConfig",
     "Event",
     "EventDataConfig",
     "EventDataset",
     "EventShardOptions",
     "EventShardsConfig",
     "FileOptions",
-    "FlowConfig",
+    "FlowDataConfig",
     "FolderConfig",
     "ImageSample",
     "LArTPCConfig",
@@ -100,7 +100,7 @@ __all__ = [
     "ShapeNetPartConfig",
     "ShardOptions",
     "ShardsConfig",
-    "StereoConfig",
+    "StereoDataConfig",
     "Subset",
     "TransformsConfig",
     "build_loader",

@@ -86,7 +86,7 @@ class DenseDataConfig:
 
 
 @dataclass(kw_only=True)
-class StereoConfig(DenseDataConfig):
+class StereoDataConfig(DenseDataConfig):
     """Rectified stereo pairs: ``image`` is the left one, ``truth [1, H, W]`` its disparity in pixels (x in the right is x - disparity).
 
     Layouts: kitti2012, kitti2015, middlebury2005, middlebury2006, middlebury2014, middlebury2021, middlebury_eval3, eth3d, sceneflow
@@ -115,7 +115,7 @@ class StereoConfig(DenseDataConfig):
 
 
 @dataclass(kw_only=True)
-class FlowConfig(DenseDataConfig):
+class FlowDataConfig(DenseDataConfig):
     """Pairs of images with optical flow: ``truth [2, H, W]`` is where each pixel of ``image`` is in ``reference``, minus where it is here
     (x, y).
 
@@ -144,7 +144,7 @@ class FlowConfig(DenseDataConfig):
 
 
 @dataclass(kw_only=True)
-class DepthConfig(DenseDataConfig):
+class DepthDataConfig(DenseDataConfig):
     """Images with depth, without reference: ``truth [1, H, W]`` in metres along the optical axis.
 
     Layouts: ``folder``: ``rgb/NAME.jpg`` with ``depth/NAME.png`` (16 bits), below ``train`` and ``test`` or without these; ``list``: a text
@@ -193,25 +193,25 @@ class DepthConfig(DenseDataConfig):
 
 
 @DATASETS.register
-def stereo() -> StereoConfig:
+def stereo() -> StereoDataConfig:
     """Stereo pairs with disparity, in the layouts of KITTI, Middlebury, ETH3D, SceneFlow, CREStereo and Spring."""
-    return StereoConfig()
+    return StereoDataConfig()
 
 
 @DATASETS.register
-def flow() -> FlowConfig:
+def flow() -> FlowDataConfig:
     """Image pairs with optical flow, in the layouts of FlyingChairs, FlyingThings, Sintel, Spring and KITTI."""
-    return FlowConfig()
+    return FlowDataConfig()
 
 
 @DATASETS.register
-def depth() -> DepthConfig:
+def depth() -> DepthDataConfig:
     """Images with depth, in folders or a list as of NYUv2."""
-    return DepthConfig()
+    return DepthDataConfig()
 
 
 class DenseDataset(PairDataset):
-    """See :class:`StereoConfig`, :class:`FlowConfig` and :class:`DepthConfig`.
+    """See :class:`StereoDataConfig`, :class:`FlowDataConfig` and :class:`DepthDataConfig`.
 
     Attributes:
         files: The files of every sample.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import grid_sample
 
-from geossl.data import DepthConfig, FlowConfig, StereoConfig, build_loader
+from geossl.data import DepthDataConfig, FlowDataConfig, StereoDataConfig, build_loader
 from geossl.data.dense import DenseDataset
 from geossl.data.dense_augment import (
     DensePair,
@@ -179,15 +179,15 @@ def check(train: DenseDataset, test: DenseDataset, truth: list[float], sizes: tu
 
 
 def test_every_layout_has_a_case() -> None:
-    assert set(STEREO_CASES) == set(StereoConfig().layouts()) - {"list"}
-    assert set(FLOW_CASES) == set(FlowConfig().layouts()) - {"list"}
+    assert set(STEREO_CASES) == set(StereoDataConfig().layouts()) - {"list"}
+    assert set(FLOW_CASES) == set(FlowDataConfig().layouts()) - {"list"}
 
 
 @pytest.mark.parametrize("layout", STEREO_CASES)
 def test_stereo_layouts(tmp_path: Path, layout: str) -> None:
     write, train, test = STEREO_CASES[layout]
     write(tmp_path)
-    config = StereoConfig(layout=layout, root=tmp_path, crop=(12, 16))
+    config = StereoDataConfig(layout=layout, root=tmp_path, crop=(12, 16))
     check(config.build("train"), config.build("test"), [3.0], (train, test))
 
 
@@ -195,13 +195,13 @@ def test_stereo_layouts(tmp_path: Path, layout: str) -> None:
 def test_flow_layouts(tmp_path: Path, layout: str) -> None:
     write, train, test = FLOW_CASES[layout]
     write(tmp_path)
-    config = FlowConfig(layout=layout, root=tmp_path, crop=(12, 16))
+    config = FlowDataConfig(layout=layout, root=tmp_path, crop=(12, 16))
     check(config.build("train"), config.build("test"), [2.0, -1.0], (train, test))
 
 
 def test_frames_follow_each_other(tmp_path: Path) -> None:
     sintel(tmp_path)
-    data = FlowConfig(layout="sintel", root=tmp_path, crop=(12, 16)).build("train")
+    data = FlowDataConfig(layout="sintel", root=tmp_path, crop=(12, 16)).build("train")
     names = [(files.image.name, files.reference.name, files.truth.name) for files in data.files]  # type: ignore[union-attr]
     assert names[:2] == [("frame_0001.png", "frame_0002.png", "frame_0001.flo"), ("frame_0002.png", "frame_0003.png", "frame_0002.flo")]
 
@@ -211,13 +211,13 @@ def test_lists(tmp_path: Path) -> None:
     picture(tmp_path / "r.png", 100)
     disparity(tmp_path / "d.pfm")
     (tmp_path / "list.txt").write_text(f"# mine\na b.png, r.png, {tmp_path / 'd.pfm'}\n")
-    config = StereoConfig(layout="list", root=tmp_path / "list.txt", crop=(12, 16))
+    config = StereoDataConfig(layout="list", root=tmp_path / "list.txt", crop=(12, 16))
     check(config.build("train"), config.build("test"), [3.0], (1, 0))
     (tmp_path / "list.txt").write_text("a.png b.png\n")
     with pytest.raises(DataError, match=r"stereo: .*list\.txt: expected 3 paths a line"):
         config.build("train")
     with pytest.raises(DataError, match="root is a text file with 3 paths a line"):
-        StereoConfig(layout="list", root=tmp_path).build("train")
+        StereoDataConfig(layout="list", root=tmp_path).build("train")
 
 
 def write_depth(path: Path) -> None:
@@ -231,7 +231,7 @@ def test_depth_folders_and_lists(tmp_path: Path) -> None:
     for split, name in (("train", "a"), ("train", "b"), ("test", "c")):
         picture(tmp_path / split / "rgb" / f"{name}.jpg")
         write_depth(tmp_path / split / "depth" / f"{name}.png")
-    config = DepthConfig(root=tmp_path, crop=(12, 16), resize=None)
+    config = DepthDataConfig(root=tmp_path, crop=(12, 16), resize=None)
     train, test = config.build("train"), config.build("test")
     assert (len(train), len(test)) == (2, 1)
     sample = train.get(1)
@@ -243,12 +243,12 @@ def test_depth_folders_and_lists(tmp_path: Path) -> None:
     batch = next(build_loader(train, 2, seed=0))
     assert batch.image.shape == (2, 3, 12, 16)
     assert batch.truth.shape == (2, 1, 12, 16)
-    resized = DepthConfig(root=tmp_path, crop=(12, 16), resize=40, evaluation="crop").build("train")
+    resized = DepthDataConfig(root=tmp_path, crop=(12, 16), resize=40, evaluation="crop").build("train")
     assert resized.pair(0).shape == SIZE
     assert resized.config.fitted(resized.pair(0)).shape == (40, 60)
     assert resized.get(0).truth.shape == (1, 12, 16)  # type: ignore[union-attr]
     (tmp_path / "nyu.txt").write_text("/train/rgb/a.jpg /train/depth/a.png 518.8579\n")
-    assert DepthConfig(layout="list", root=tmp_path / "nyu.txt").build("train").get(0).truth.max() > 0  # type: ignore[union-attr]
+    assert DepthDataConfig(layout="list", root=tmp_path / "nyu.txt").build("train").get(0).truth.max() > 0  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_missing_damaged_and_unequal_files(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "b" / "disp0.pfm").unlink()
     (tmp_path / "c" / "im1.png").write_bytes(b"junk")
     picture(tmp_path / "d" / "im1.png", 0, (20, 31))
-    config = StereoConfig(layout="middlebury2021", root=tmp_path, crop=(12, 16))
+    config = StereoDataConfig(layout="middlebury2021", root=tmp_path, crop=(12, 16))
     with caplog.at_level(logging.WARNING, "geossl"):
         data = config.build("train")
         assert len(data) == 3
@@ -270,18 +270,18 @@ def test_missing_damaged_and_unequal_files(tmp_path: Path, caplog: pytest.LogCap
     assert sorted(data.unusable) == [1, 2]
     assert "has 20 x 31 pixels, but" in data.unusable[2]
     with pytest.raises(DataError, match="1 of 4 samples lack a file"):
-        StereoConfig(layout="middlebury2021", root=tmp_path, damaged="error").build("train")
+        StereoDataConfig(layout="middlebury2021", root=tmp_path, damaged="error").build("train")
 
 
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown layout of stereo 'kitti'; did you mean 'kitti2015' or 'kitti2012'"):
-        StereoConfig(layout="kitti")
+        StereoDataConfig(layout="kitti")
     with pytest.raises(DataError, match=r"stereo: .*: holds nothing of this layout; expected training/image_2, image_3"):
-        StereoConfig(layout="kitti2015", root=tmp_path).build("train")
+        StereoDataConfig(layout="kitti2015", root=tmp_path).build("train")
     with pytest.raises(DataError, match="unknown split 'val'"):
-        FlowConfig(layout="sintel", root=tmp_path).build("val")
+        FlowDataConfig(layout="sintel", root=tmp_path).build("val")
     scene_folders(tmp_path, ["a", "b", "c"], *NEW)
-    small = StereoConfig(layout="middlebury2021", root=tmp_path, damaged="error").build("train")
+    small = StereoDataConfig(layout="middlebury2021", root=tmp_path, damaged="error").build("train")
     for seed in range(4):
         with pytest.raises(DataError, match=r"im0\.png: the image has 20 x 30 pixels, less than the window of 352 x 704"):
             small.get(0, np.random.default_rng(seed))
@@ -292,7 +292,7 @@ def test_errors(tmp_path: Path) -> None:
 )
 def test_settings_are_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        DepthConfig(**wrong)  # type: ignore[arg-type]
+        DepthDataConfig(**wrong)  # type: ignore[arg-type]
     for config in (StereoAugmentConfig, FlowAugmentConfig):
         with pytest.raises(ConfigError, match="scale"):
             config(scale=1.5)
@@ -403,7 +403,7 @@ def test_the_published_probabilities_are_the_defaults() -> None:
     assert (flow.scale, flow.scale_range, flow.stretch, flow.horizontal_flip, flow.vertical_flip) == (0.8, (-0.2, 0.5), 0.8, 0.5, 0.1)
     assert (flow.color.brightness, flow.color.contrast, flow.color.saturation, flow.color.asymmetric) == (0.4, 0.4, 0.4, 0.2)
     assert flow.color.hue == pytest.approx(0.159, abs=2e-4)
-    assert (StereoConfig().crop, FlowConfig().crop) == ((352, 704), (320, 384))
+    assert (StereoDataConfig().crop, FlowDataConfig().crop) == ((352, 704), (320, 384))
 
 
 @pytest.mark.skipif("GEOSSL_REAL_DATA" not in os.environ, reason="GEOSSL_REAL_DATA is not set")
@@ -412,7 +412,7 @@ def test_real_disparity_carries_the_right_photograph_onto_the_left(tmp_path: Pat
     root = Path(os.environ["GEOSSL_REAL_DATA"]) / "image_pairs"
     line = "\t".join(str(root / part) for part in (f"images/{name}_left.jpg", f"images/{name}_right.jpg", f"gt/{name}_left_disp.png"))
     (tmp_path / "list.txt").write_text(line)
-    sample = StereoConfig(layout="list", root=tmp_path / "list.txt").build("all").get(0)
+    sample = StereoDataConfig(layout="list", root=tmp_path / "list.txt").build("all").get(0)
     assert sample.truth is not None
     assert sample.reference is not None
     images = [denormalize_images(image).mean(0) for image in (sample.image, sample.reference)]
