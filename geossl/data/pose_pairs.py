@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,12 +47,16 @@ class PosePairsConfig:
     """Test: distance of the two frames."""
     augment: ColorJitterConfig = field(default_factory=ColorJitterConfig)
     """Colour changes of training samples."""
+    damaged: Literal["skip", "error"] = "skip"
+    """A training pair that cannot be used: take the next one in its place, with a warning that counts, or stop. The test part always stops:
+    its motions make a trajectory."""
 
     def __post_init__(self) -> None:
         for key in ("height", "width"):
             require(getattr(self, key) >= 8, key, "must be at least 8", getattr(self, key))
         for key in ("gap", "step"):
             require(getattr(self, key) >= 1, key, "must be at least 1", getattr(self, key))
+        require(self.damaged in ("skip", "error"), "damaged", "must be skip or error", self.damaged)
 
     def describe(self) -> str:
         """Return what a sample is, in words."""
@@ -68,20 +73,18 @@ def pose_pairs() -> PosePairsConfig:
     return PosePairsConfig()
 
 
-class PosePairsDataset:
+class PosePairsDataset(PairDataset):
     """See :class:`PosePairsConfig`.
 
     Attributes:
-        labels: ``[n]`` int64, all -1: pairs have no classes.
         chains: Of each sequence of the test part the rows that follow each other: the second frame of one is the first of the next.
     """
 
-    columns, channels = PairDataset.columns, PairDataset.channels
+    config: Any
 
     def __init__(self, config: PosePairsConfig, split: str) -> None:
         if split not in ("train", "test"):
             raise DataError(f"pose_pairs: unknown split {split!r}; choose one of train, test")
-        self.config = config
         self.sequences = [
             RGBDFolderDataset(RGBDFolderConfig(root=folder, views=1, points=0)) for folder in sequences_of(config.root, split)
         ]
@@ -96,17 +99,7 @@ class PosePairsDataset:
         if not pairs:
             raise DataError(f"{config.root}: its sequences have no two frames {config.step} apart in the {split} part; lower step")
         self._pairs = np.array(pairs, dtype=np.int64)
-        self.labels = np.full(len(pairs), -1, dtype=np.int64)
-        self.groups = self.labels
-        self.classes: list[str] = []
-
-    def __len__(self) -> int:
-        """Number of pairs."""
-        return len(self._pairs)
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        """Return the order ``[n]`` in which an epoch visits the pairs."""
-        return rng.permutation(len(self))
+        super().__init__(config if split == "train" else replace(config, damaged="error"), len(pairs))  # type: ignore[arg-type]
 
     def source(self, row: int) -> str:
         """Return what an error message calls pair ``row``."""
@@ -114,18 +107,7 @@ class PosePairsDataset:
         sequence = self.sequences[number]
         return f"{sequence.config.root} ({sequence.frames[first]} and {sequence.frames[second]})"
 
-    def get(self, row: int, rng: np.random.Generator | None = None) -> ImageSample:
-        """Return pair ``row``: with a random second frame and colour changes, or the evaluation form.
-
-        Args:
-            row: 0 <= row < len(self).
-            rng: Source of every random choice; None asks for the evaluation form.
-
-        Raises:
-            DataError: an image cannot be read; the message names its file.
-        """
-        if not 0 <= row < len(self):
-            raise IndexError(f"pose_pairs: row {row} is outside 0..{len(self) - 1}")
+    def _sample(self, row: int, rng: np.random.Generator | None) -> ImageSample:
         number, first, second = (int(value) for value in self._pairs[row])
         sequence, size = self.sequences[number], (self.config.width, self.config.height)
         if rng is not None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,22 @@ def test_wrong_input(scene: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
     with pytest.raises(ConfigError, match="gap must be at least 1"):
         config(root, gap=0)
     assert DATASETS.config("pose_pairs").name == "pose_pairs"
+
+
+def test_a_damaged_frame_is_skipped_in_training_and_stops_a_trajectory(scene: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    root, _ = scene
+    train = config(root).build("train")
+    broken = train.sequences[0].files(0)[0]
+    broken.write_bytes(b"no image")
+    sample = train.get(0, None)
+    assert sample.index > 0
+    assert broken.name in train.unusable[0]
+    with pytest.raises(DataError, match=re.escape(broken.name)):
+        config(root, damaged="error").build("train").get(0, None)
+    test = config(root).build("test")
+    test.sequences[0].files(0)[0].write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        test.get(0, None)
 
 
 def test_the_motion_of_rendered_pairs(tmp_path: Path) -> None:
