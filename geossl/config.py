@@ -74,6 +74,14 @@ def registry_field(registry: Registry[Any], default: str | None) -> Any:
     return field(default_factory=lambda: None if default is None else registry.config(default), metadata={"registry": registry})
 
 
+def registry_fields(registry: Registry[Any]) -> Any:
+    """Declare a dataclass field that is a tuple of choices (see :func:`registry_field`), empty by default.
+
+    In YAML it is a list of what ``registry_field`` takes; flags cannot set it.
+    """
+    return field(default=(), metadata={"registry_of_each": registry})
+
+
 def load_config(cls: type[ConfigT], path: str | Path | None, args: Sequence[str] = (), *, prog: str | None = None) -> ConfigT:
     """Build a ``cls`` from its defaults, the YAML file ``path`` (or None) and the flags ``args``.
 
@@ -188,6 +196,9 @@ class _Builder:
             at, current = _join(path, f.name), getattr(default, f.name)
             if "registry" in f.metadata:
                 changes[f.name] = self.choose(f.metadata["registry"], current, data.get(f.name, {}), at)
+            elif "registry_of_each" in f.metadata:
+                if f.name in data:
+                    changes[f.name] = self.choose_each(f.metadata["registry_of_each"], data[f.name], at)
             elif is_dataclass(current):
                 changes[f.name] = self.merge(current, data.get(f.name, {}), at)
             elif f.name in data:
@@ -217,6 +228,15 @@ class _Builder:
         except UnknownNameError as error:
             raise UnknownNameError(f"{path}.name: {error}") from error
         return self.merge(variant, {key: value for key, value in data.items() if key != "name"}, path)
+
+    def choose_each(self, registry: Registry[Any], data: Any, path: str) -> tuple[Any, ...]:
+        """Return the variants that the entries of the list ``data`` name."""
+        if not isinstance(data, list | tuple):
+            raise ConfigError(f"{path} must be a list, each entry a {registry.kind} name or a mapping with the key 'name', got {data!r}")
+        for number, entry in enumerate(data):
+            if not entry:
+                raise ConfigError(f"{path}[{number}] must be a {registry.kind} name or a mapping with the key 'name', got {entry!r}")
+        return tuple(self.choose(registry, None, entry, f"{path}[{number}]") for number, entry in enumerate(data))
 
     def convert(self, hint: Any, value: Any, path: str) -> Any:
         """Check that ``value`` (from YAML) is a ``hint`` and return it as one."""
@@ -371,7 +391,7 @@ def _flags_class(config: Any, names: Sequence[str] = ()) -> type:
     hints, docs = get_type_hints(type(config)), field_docs(type(config))
     members: list[tuple[str, Any, Any]] = []
     for f in fields(config):
-        if not f.init:
+        if not f.init or "registry_of_each" in f.metadata:
             continue
         value, hint = getattr(config, f.name), hints[f.name]
         variants = f.metadata["registry"].names() if "registry" in f.metadata else ()

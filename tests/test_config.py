@@ -11,7 +11,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geossl.config import field_docs, flatten, from_dict, load_config, read_yaml, registry_field, require, split_arguments, to_dict, to_yaml
+from geossl.config import (
+    field_docs,
+    flatten,
+    from_dict,
+    load_config,
+    read_yaml,
+    registry_field,
+    registry_fields,
+    require,
+    split_arguments,
+    to_dict,
+    to_yaml,
+)
 from geossl.errors import ConfigError, UnknownNameError
 from geossl.registry import Registry
 
@@ -80,6 +92,8 @@ class Program:
     """What is trained."""
     extra: Any = registry_field(SHAPES, default=None)  # noqa: RUF009
     """Perhaps a second shape."""
+    more: tuple[Any, ...] = registry_fields(SHAPES)
+    """Any number of shapes."""
     optim: Optim = field(default_factory=Optim)
     """How it is trained."""
     out: Path = Path("runs/x")
@@ -123,6 +137,24 @@ def test_choice_that_need_not_be_made(tmp_path: Path) -> None:
         load_config(Program, None, ["--extra.radius", "4"])
     with pytest.raises(ConfigError, match=r"extra\.name must be the name of a shape, got None"):
         from_dict(Program, {"extra": {"radius": 4}})
+
+
+def test_lists_of_choices(tmp_path: Path) -> None:
+    path = write(tmp_path, "more: [ball, {name: big_ball, radius: 3}, {name: box, labels: [a]}]")
+    config = load_config(Program, path, ["--note", "x"])
+    assert config.more == (Ball(), Ball(name="big_ball", radius=3.0), Box(labels=("a",)))
+    for data, words in [
+        ({"more": "ball"}, "more must be a list, each entry a shape name or a mapping with the key 'name', got 'ball'"),
+        ({"more": [{}]}, r"more\[0\] must be a shape name or a mapping"),
+        ({"more": ["ball", {"name": "bal"}]}, r"more\[1\]\.name: unknown shape 'bal'"),
+        ({"more": [{"name": "ball", "radius": -1}]}, r"more\[0\]\.radius must be > 0, got -1"),
+        ({"more": [{"name": "ball", "radios": 1}]}, r"unknown key 'more\[0\]\.radios'; did you mean 'more\[0\]\.radius'"),
+        ({"more": [{"radius": 1}]}, r"more\[0\]\.name must be the name of a shape, got None"),
+    ]:
+        with pytest.raises((ConfigError, UnknownNameError), match=words):
+            from_dict(Program, data)
+    with pytest.raises(UnknownNameError, match="unknown flag '--more'"):
+        load_config(Program, None, ["--more", "ball"])
 
 
 def test_choice_by_flag_leaves_the_keys_of_the_other_variant_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,7 +242,7 @@ def test_help_lists_every_field_with_doc_and_default(capsys: pytest.CaptureFixtu
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for key in flatten(from_dict(Program, {"shape": "box"})):
-        assert f"--{key}" in text
+        assert (f"--{key}" in text) == (key != "more")  # flags cannot set a list of choices
     for doc in (
         "Edges in metres.",
         "Peak learning rate, > 0. (default: 0.001)",
@@ -264,6 +296,7 @@ programs = st.builds(
     Program,
     shape=shapes,
     extra=st.none() | shapes,
+    more=st.lists(shapes, max_size=3).map(tuple),
     optim=optims,
     out=texts.filter(lambda t: t.strip() and "\0" not in t).map(Path),
     note=texts,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from geossl.config import flatten, read_yaml
+from geossl.config import read_yaml, to_dict
 from geossl.data import Loader, build_loader
 from geossl.data.pairs import PairDataset
 from geossl.engine import BatchLoader, Result, TrainConfig, World
@@ -165,10 +165,7 @@ def changed_settings(config: Any, run_folder: Path) -> dict[str, str]:
         return {key: value for name, part in tree.items() for key, value in leaves(part, f"{prefix}.{name}".lstrip(".")).items()}
 
     before = leaves(read_yaml(path))
-    now = {
-        key: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-        for key, value in flatten(config).items()
-    }
+    now = leaves(to_dict(config))
     return {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value}
 
 

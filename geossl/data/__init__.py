@@ -22,6 +22,7 @@ from geossl.data.gaussian_ply import read_gaussians, write_gaussians
 from geossl.data.image_augment import ColorJitterConfig
 from geossl.data.lartpc import LArTPCConfig, LArTPCFileOptions, write_lartpc
 from geossl.data.loader import Loader, build_loader
+from geossl.data.mixture import MixtureConfig
 from geossl.data.modelnet import ModelNet40Config
 from geossl.data.objects import ObjectLibrary, ObjectsConfig, load_objects
 from geossl.data.pair_mining import MiningOptions
@@ -66,6 +67,7 @@ __all__ = [
     "LArTPCOptions",
     "Loader",
     "MiningOptions",
+    "MixtureConfig",
     "ModelNet40Config",
     "ModelNet40FewShotConfig",
     "ObjectLibrary",

@@ -98,8 +98,14 @@ class StereoDataConfig(DenseDataConfig):
     root: Path = Path("data/sceneflow")
     layout: str = "sceneflow"
     crop: tuple[int, int] = (352, 704)
+    png_scale: float | None = None
+    """Units of disparity in a png to the pixel; None is what the data set has, and for lists KITTI's 256."""
     augment: StereoAugmentConfig = field(default_factory=StereoAugmentConfig)
     """Augmentation of training samples."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.png_scale is None or self.png_scale > 0, "png_scale", "must be positive", self.png_scale)
 
     def layouts(self) -> dict[str, Layout]:
         """Return the layouts that can be read, by name."""
@@ -107,7 +113,7 @@ class StereoDataConfig(DenseDataConfig):
 
     def read_truth(self, path: Path) -> Tensor:
         """Read disparity, ``[1, H, W]``."""
-        return read_disparity(path, STEREO[self.layout].png_scale)
+        return read_disparity(path, self.png_scale or STEREO[self.layout].png_scale)
 
     def augmented(self, pair: DensePair, rng: np.random.Generator, source: str) -> DensePair:
         """Make a training sample."""
@@ -119,8 +125,8 @@ class FlowDataConfig(DenseDataConfig):
     """Pairs of images with optical flow: ``truth [2, H, W]`` is where each pixel of ``image`` is in ``reference``, minus where it is here
     (x, y).
 
-    Layouts: flyingchairs, flyingthings, sintel (clean and final), spring, kitti2012, kitti2015, and ``list``: a text file with first image,
-    second image and flow a line. What CroCo-Flow validates on is held out.
+    Layouts: flyingchairs, flyingthings, sintel (clean and final), spring, tartanair, kitti2012, kitti2015, and ``list``: a text file with
+    first image, second image and flow a line. What CroCo-Flow validates on is held out.
     """
 
     name: str = "flow"
@@ -200,7 +206,7 @@ def stereo() -> StereoDataConfig:
 
 @DATASETS.register
 def flow() -> FlowDataConfig:
-    """Image pairs with optical flow, in the layouts of FlyingChairs, FlyingThings, Sintel, Spring and KITTI."""
+    """Image pairs with optical flow, in the layouts of FlyingChairs, FlyingThings, Sintel, Spring, TartanAir and KITTI."""
     return FlowDataConfig()
 
 

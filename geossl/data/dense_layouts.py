@@ -136,6 +136,16 @@ def _sintel(root: Path) -> Iterator[DenseFiles]:
             yield DenseFiles(image, following, base / "flow" / scene / f"{image.stem}.flo", scene in ("temple_2", "temple_3"))
 
 
+def _tartanair(root: Path) -> Iterator[DenseFiles]:
+    """TartanAir: ``ENVIRONMENT/Easy/P000/image_left/000000_left.png`` beside ``flow/000000_000001_flow.npy``; nothing is held out."""
+    for image in sorted(root.rglob("image_left/*_left.png")):
+        number = image.stem.removesuffix("_left")
+        following = f"{int(number) + 1:0{len(number)}d}"
+        reference = image.with_name(f"{following}_left.png")
+        if reference.is_file():  # the last frame of a trajectory has none
+            yield DenseFiles(image, reference, image.parent.parent / "flow" / f"{number}_{following}_flow.npy")
+
+
 _CHAIRS_PARTS = "FlyingChairs_train_val.txt"
 
 
@@ -214,6 +224,7 @@ FLOW: dict[str, Layout] = {
     "flyingthings": Layout(_sceneflow("flow"), "frames_cleanpass/.../left and optical_flow/.../into_future/left"),
     "sintel": Layout(_sintel, "training/clean, training/final and training/flow"),
     "spring": Layout(_spring("flow"), "train/SCENE/frame_left and flow_FW_left"),
+    "tartanair": Layout(_tartanair, "ENVIRONMENT/Easy/P000/image_left and flow"),
     "kitti2012": Layout(_kitti("colored_0", "colored_0", "flow_occ", True, 0), "training/colored_0 and flow_occ"),
     "kitti2015": Layout(_kitti("image_2", "image_2", "flow_occ", True, 10), "training/image_2 and flow_occ"),
     "list": Layout(_listed(3), "a text file: first image, second image, flow a line"),

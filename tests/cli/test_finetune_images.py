@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 import geossl
 from geossl.cli import run
 from geossl.cli.finetune import FinetuneConfig
-from geossl.config import load_config
+from geossl.config import load_config, to_yaml
+from geossl.data import MixtureConfig
 from geossl.models import CroCoPair, load_pair_backbone, save_pair_backbone
 from geossl.tasks import load_task
 
@@ -82,6 +84,23 @@ def test_data_without_a_test_part_trains_without_scores(tmp_path: Path, capsys: 
     assert not any("probe/L1err" in row for row in rows(tmp_path / "run"))
     assert run("evaluate", ["dense", str(tmp_path / "run")]) == 2
     assert "has no test part to score" in capsys.readouterr().err
+
+
+def test_a_mixture_of_data_sets_trains_and_goes_on(cache: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(FinetuneConfig, smoke("stereo"))
+    small = dataclasses.replace(config.data, rooms=1, test_rooms=1, pairs_per_room=2, cache=Path(cache[1]))
+    path = tmp_path / "mixture.yaml"
+    data = MixtureConfig(parts=(small, dataclasses.replace(small, rooms=2)), times=(2, 1))
+    path.write_text(to_yaml(dataclasses.replace(config, data=data)))
+    quick = [*QUICK[: QUICK.index("--data.rooms")], "--train.device", "cpu", "--train.run_folder", str(tmp_path / "run")]
+    assert run("finetune", [str(path), *quick]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run") if "probe/L1err" in row] == [2, 4]
+    capsys.readouterr()
+    assert run("finetune", [str(path), *quick, "--resume", "auto"]) == 0
+    assert "settings changed" not in capsys.readouterr().err
+    path.write_text("data: {name: mixture, parts: [{name: stereo, layout: list, root: nothing.txt}]}\ntask: {name: stereo}\n")
+    assert run("finetune", [str(path), *quick, "--train.overwrite"]) == 2
+    assert "nothing.txt" in capsys.readouterr().err
 
 
 def test_a_stereo_run(stereo_run: Path) -> None:

@@ -71,6 +71,8 @@ def optical_flow(path: Path) -> None:
         write_flo(path, values)
     elif path.suffix == ".pfm":
         write_pfm(path, np.concatenate([values, np.zeros((*SIZE, 1), np.float32)], -1))
+    elif path.suffix == ".npy":
+        np.save(path, values)
     else:
         with h5py.File(path, "w") as file:
             file["flow"] = np.repeat(np.repeat(values, 2, 0), 2, 1)
@@ -151,11 +153,20 @@ def flying_chairs(root: Path) -> None:
     (root / "FlyingChairs_train_val.txt").write_text("1\n2\n1\n1\n")
 
 
+def tartanair(root: Path) -> None:
+    place = root / "abandonedfactory" / "Easy" / "P000"
+    for frame in range(3):
+        picture(place / "image_left" / f"{frame:06d}_left.png", frame)
+        if frame < 2:
+            optical_flow(place / "flow" / f"{frame:06d}_{frame + 1:06d}_flow.npy")
+
+
 FLOW_CASES: dict[str, tuple[Callable[[Path], None], int, int]] = {
     "flyingchairs": (flying_chairs, 2, 1),
     "flyingthings": (lambda root: sceneflow(root, True), 2, 2),
     "sintel": (sintel, 4, 4),
     "spring": (spring, 1, 1),
+    "tartanair": (tartanair, 2, 0),
     "kitti2012": (lambda root: kitti(root, "colored_0", "colored_0", "flow_occ", optical_flow, 3, True), 3, 0),
     "kitti2015": (lambda root: kitti(root, "image_2", "image_2", "flow_occ", optical_flow, 12, True), 2, 10),
 }
