@@ -169,6 +169,8 @@ void small() {
   for (int norm : {0, 1, 2})
     for (int direction : {0, 1, 2}) chamfer<T>(17, 33, 3, norm, direction, "chamfer of patches");
   chamfer<T>(130, 270, 3, 0, 0, "chamfer, tiled");
+  chamfer<T>(770, 800, 3, 0, 0, "chamfer, on the CPU by blocks");
+  chamfer<T>(770, 800, 3, 2, 1, "chamfer, on the CPU by blocks, sums of differences");
   chamfer<T>(70, 9, 1, 0, 1, "chamfer of one channel");
   chamfer<T>(70, 9, 5, 2, 0, "chamfer of five channels");
   chamfer<T>(9, 70, 40, 1, 2, "chamfer of forty channels");

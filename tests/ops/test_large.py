@@ -69,12 +69,28 @@ def test_sampling_all_of_many_points_is_a_permutation(inputs):
 
 @pytest.mark.parametrize("kind", LARGE_KINDS)
 @pytest.mark.parametrize("norm", ["l2sq", "l1"])
-def test_chamfer_by_tree(inputs, kind, norm):
-    """All points at once pay for a tree, a hundred at a time do not."""
-    x, y = inputs.make_cloud(kind, 6000)[None], inputs.make_cloud(kind, 6100, seed=1)[None]
-    nearest = torch.ops.geossl.chamfer(x, y, None, None, None, None, norm, "x")[1]
-    parts = [torch.ops.geossl.chamfer(part, y, None, None, None, None, norm, "x")[1] for part in x.split(100, dim=1)]
-    assert torch.equal(nearest, torch.cat(parts))
+@pytest.mark.parametrize(("n", "dtype"), [(1000, torch.float32), (1000, torch.float64), (6000, torch.float32), (17000, torch.float32)])
+def test_chamfer_by_blocks_or_a_tree(inputs, kind, norm, n, dtype):
+    """All points at once pay for blocks of neighbours, or in the largest clouds for a tree; a hundred at a time do not."""
+    x, y = inputs.make_cloud(kind, n, dtype=dtype)[None], inputs.make_cloud(kind, n + 100, seed=1, dtype=dtype)[None]
+    x[0, 5, 1], y[0, 7] = torch.nan, torch.inf
+    nearest = torch.ops.geossl.chamfer(x, y, None, None, None, None, norm, "both")[1]
+    for direction, a, b, found in (("x", x, y, nearest[:n]), ("y", y, x, nearest[n:])):
+        parts = [torch.ops.geossl.chamfer(part, b, None, None, None, None, norm, "x")[1] for part in a.split(100, dim=1)]
+        assert torch.equal(found, torch.cat(parts)), direction
+
+
+def test_chamfer_by_blocks_in_a_batch(inputs, on_backend):
+    """Clouds of several lengths, far apart, equal, and without any valid point."""
+    x = torch.stack([inputs.make_cloud(kind, 900, seed=seed) for seed, kind in enumerate(("uniform", "lattice", "tracks", "uniform"))])
+    y = torch.stack([x[0, :800] + 50, x[1, 100:], x[2, :800].flip(0), x[3, :800] * torch.nan])
+    lengths = torch.tensor([900, 850, 768, 900])
+    for norm in ("l2sq", "l2", "l1"):
+        agree(on_backend, lambda norm=norm: [torch.ops.geossl.chamfer(x, y, lengths, None, None, None, norm, "both")[1]])
+    packed = [torch.cat([cloud[:n] for cloud, n in zip(x, lengths, strict=True)]), torch.cat(list(y))]
+    offsets = [torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]), torch.arange(5) * 800]
+    padded = ops.chamfer_distance(x, y, x_lengths=lengths, reduction="none")
+    assert torch.equal(ops.chamfer_distance_packed(packed[0], offsets[0], packed[1], offsets[1], reduction="none"), padded)
 
 
 def test_nothing_is_quadratic(inputs):
