@@ -20,16 +20,17 @@ inline void prefetch_row(const void* row, int64_t bytes) {
 }
 
 // Row e belongs to segment index[e] (negative: to none) or, without index, segment s has the rows splits[s] .. splits[s + 1]. With both, as in a
-// voxel map, splits tell how many rows segments have.
+// voxel map, segment s has the rows order[splits[s]] .. order[splits[s + 1] - 1].
 template <class T>
 struct Rows {
   const T* x;
   int64_t rows, channels;
-  const int64_t *index, *splits;
+  const int64_t *index, *splits, *order;
   int64_t size;
 
-  // Calls body(row, segment) for the rows of segments s0 .. s1, in order. By index, a chunk's rows are first listed without a branch, unless
-  // the range has them all: which of them it has cannot be guessed.
+  // Calls body(row, segment) for the rows of segments s0 .. s1, in order. A range with all rows takes them as they lie in memory; so that several
+  // threads do not all read everything, their ranges take them by `order` where there is one. Else, by index, a chunk's rows are first listed
+  // without a branch: which of them a range has cannot be guessed.
   template <class F>
   GEOSSL_INLINE void each(int64_t s0, int64_t s1, const T* accumulators, F body) const {
     if (rows == 0) return;  // then torch's pointers may be null
@@ -39,9 +40,18 @@ struct Rows {
       return;
     }
     const int64_t width = F::kWidth ? F::kWidth : channels, bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool all = s0 == 0 && s1 == size;
+    if (order && !all) {
+      const int64_t last = splits[s1] - 1;
+      for (int64_t s = s0; s < s1; ++s)
+        for (int64_t e = splits[s]; e < splits[s + 1]; ++e) {
+          prefetch_row(x + order[std::min(e + kAhead, last)] * width, bytes);
+          if (static_cast<uint64_t>(order[e]) < static_cast<uint64_t>(rows)) body(order[e], s);
+        }
+      return;
+    }
     const int64_t rows_ahead = 1 + kBytesAhead / std::max<int64_t>(bytes, 1);
     int32_t listed[kChunk];
-    const bool all = s0 == 0 && s1 == size;
     for (int32_t i = 0; i < kChunk; ++i) listed[i] = i;
     for (int64_t first = 0; first < rows; first += kChunk) {
       const auto count = static_cast<int32_t>(std::min<int64_t>(kChunk, rows - first));
@@ -204,7 +214,8 @@ bool valid(int64_t rows, int64_t channels, const int64_t* index, const int64_t* 
   if (rows < 0 || channels < 0 || size < 0) return false;
   if (!splits) return in_range(index, rows, size);
   if (!std::is_sorted(splits, splits + size + 1)) return false;
-  return index || (splits[0] == 0 && splits[size] == rows);  // with both, rows that are in no range of segments are passed over
+  if (!index) return splits[0] == 0 && splits[size] == rows;
+  return splits[0] == 0 && splits[size] <= rows;  // rows that are in no range of segments are passed over
 }
 
 // Calls f(s0, s1) on ranges of segments; of equally many rows, where splits tell how many there are.
@@ -227,14 +238,14 @@ std::unique_ptr<T[]> scratch(int64_t count) {
 }  // namespace
 }  // namespace geossl
 
-// See geossl/ops/segments.py for the arguments of all. The unnamed one is the order of rows that the CUDA kernels need.
+// See geossl/ops/segments.py for the arguments of all.
 GEOSSL_API int geossl_segment_sum_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
-                                      const int64_t* splits, const int64_t*, int64_t size, void* out, int64_t* count) {
+                                      const int64_t* splits, const int64_t* order, int64_t size, void* out, int64_t* count) {
   using namespace geossl;
   if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
   return for_type(is_double, [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, order, size};
     split_segments(threads, r, [&](int64_t s0, int64_t s1) { sum_of(r, s0, s1, static_cast<T*>(out), count); });
     return int{GEOSSL_OK};
   });
@@ -242,14 +253,14 @@ GEOSSL_API int geossl_segment_sum_cpu(int threads, int is_double, const void* x,
 GEOSSL_PACKED(geossl_segment_sum_cpu)
 
 GEOSSL_API int geossl_segment_extreme_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
-                                          const int64_t* splits, const int64_t*, int64_t size, int largest, double fill, void* out,
+                                          const int64_t* splits, const int64_t* order, int64_t size, int largest, double fill, void* out,
                                           int64_t* arg) {
   using namespace geossl;
   if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
   if (rows > std::numeric_limits<int32_t>::max() && arg && !is_double) return GEOSSL_TOO_LARGE;
   return for_type(is_double, [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, order, size};
     const auto seen = scratch<uint8_t>(size);
     const auto narrow = scratch<Bits<T>>(arg ? size * channels : 0);  // row numbers as wide as T
     T* values = static_cast<T*>(out);
@@ -266,12 +277,12 @@ GEOSSL_API int geossl_segment_extreme_cpu(int threads, int is_double, const void
 GEOSSL_PACKED(geossl_segment_extreme_cpu)
 
 GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
-                                          const int64_t* splits, const int64_t*, int64_t size, void* out) {
+                                          const int64_t* splits, const int64_t* order, int64_t size, void* out) {
   using namespace geossl;
   if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
   return for_type(is_double, [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, order, size};
     const auto largest = scratch<T>(size * channels), total = scratch<T>(size * channels);
     const auto seen = scratch<uint8_t>(size);
     T* to = static_cast<T*>(out);
@@ -286,12 +297,12 @@ GEOSSL_API int geossl_segment_softmax_cpu(int threads, int is_double, const void
 GEOSSL_PACKED(geossl_segment_softmax_cpu)
 
 GEOSSL_API int geossl_segment_logsumexp_cpu(int threads, int is_double, const void* x, int64_t rows, int64_t channels, const int64_t* index,
-                                            const int64_t* splits, const int64_t*, int64_t size, void* out) {
+                                            const int64_t* splits, const int64_t* order, int64_t size, void* out) {
   using namespace geossl;
   if (!valid(rows, channels, index, splits, size)) return GEOSSL_INVALID_ARGUMENT;
   return for_type(is_double, [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, size};
+    const Rows<T> r{static_cast<const T*>(x), rows, channels, index, splits, order, size};
     const auto largest = scratch<T>(size * channels);
     const auto seen = scratch<uint8_t>(size);
     split_segments(threads, r, [&](int64_t s0, int64_t s1) {
