@@ -4,6 +4,7 @@
     evaluate.py svm MODEL [CONFIG.yaml] ...      short for --probes svm svm_cv svm_published; also knn, linear
     evaluate.py task MODEL [CONFIG.yaml] ...     score a fine-tuned model instead, see ``geossl.cli.evaluate_task``
     evaluate.py dense MODEL ...                  predict or score disparity, flow, depth, normals or pose, see ``geossl.cli.evaluate_dense``
+    evaluate.py matches MODEL ...                matches between two pictures, without training, see ``geossl.cli.evaluate_matches``
 
 MODEL is a run folder, an export folder, a hub id, an official checkpoint file or the registered name of a backbone (then with random
 weights). Without flags for the data, a run folder is probed on the data set it was trained on. On particle events, tokens are probed for
@@ -101,6 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         from geossl.cli import evaluate_dense
 
         return evaluate_dense.main(args)
+    if name == "matches" and not Path(name).exists():
+        from geossl.cli import evaluate_matches
+
+        return evaluate_matches.main(args)
     if name in PROBE_FAMILIES and not Path(name).exists():
         family = PROBE_FAMILIES[name]
         if any(flag.partition("=")[0] == "--probes" for flag in args):
@@ -249,6 +254,8 @@ def data_of_run(model: Path, *, whole: bool = False) -> list[str]:
             if not isinstance(section, dict) or section.get("name") not in DATASETS.names():
                 return []
             known = {f.name for f in fields(DATASETS.config(section["name"]))}
+            if "parts" in section:
+                return []  # flags cannot name the parts of a mixture
             kept = [(key, section[key]) for key in (section if whole else _RUN_DATA_KEYS) if key in section and key in known]
             return [text for key, value in kept if value is not None for text in _flag(key, value)]
     return []

@@ -84,7 +84,9 @@ def main(argv: list[str]) -> int:
     found = [] if told else data_of_run(Path(name), whole=True)
     config = load_config(EvaluateDenseConfig, path, [*found, *args], prog="evaluate dense MODEL")
     if not told and not found:
-        raise ConfigError(f"data: {name} does not tell what it was trained on; give --left, or --data.name with its settings")
+        raise ConfigError(
+            f"data: {name} does not tell what it was trained on, or a mixture; give --left, --data.name with its settings, or a file"
+        )
     module = load_dense(name, config)
     return predict_images(module, config) if isinstance(module, Dense) and config.left is not None else score(name, module, config)
 
