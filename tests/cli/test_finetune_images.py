@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ def test_a_mixture_of_data_sets_trains_and_goes_on(cache: list[str], tmp_path: P
     capsys.readouterr()
     assert run("finetune", [str(path), *quick, "--resume", "auto"]) == 0
     assert "settings changed" not in capsys.readouterr().err
+    assert run("evaluate", ["dense", str(tmp_path / "run")]) == 2
+    assert "what it was trained on, or a mixture; give --left, --data.name with its settings, or a file" in capsys.readouterr().err
+    (tmp_path / "data.yaml").write_text("data:\n" + textwrap.indent(to_yaml(data), "  "))
+    assert run("evaluate", ["dense", str(tmp_path / "run"), str(tmp_path / "data.yaml")]) == 0
+    assert json.loads((tmp_path / "run/evaluation_stereo_mixture.json").read_text())["samples"] == 4
     path.write_text("data: {name: mixture, parts: [{name: stereo, layout: list, root: nothing.txt}]}\ntask: {name: stereo}\n")
     assert run("finetune", [str(path), *quick, "--train.overwrite"]) == 2
     assert "nothing.txt" in capsys.readouterr().err
