@@ -25,7 +25,7 @@ from geossl.cli.scores import score_task
 from geossl.cli.training import make_console
 from geossl.config import load_config, registry_field, require, split_arguments
 from geossl.data import DATASETS
-from geossl.data.dense_files import read_disparity, read_flow, read_npy, read_pfm, write_flo, write_pfm
+from geossl.data.dense_files import SPRING, read_disparity, read_flow, read_npy, read_pfm, write_flo, write_pfm
 from geossl.data.files import atomic_write, write_json
 from geossl.data.image_files import decode_image
 from geossl.data.scene import read_depth
@@ -124,7 +124,8 @@ def predict_images(module: Dense, config: EvaluateDenseConfig) -> int:
     if right is not None and right.shape != left.shape:
         raise DataError(f"{config.right}: is {list(right.shape[2:])}, but {config.left} is {list(left.shape[2:])}; pairs have one size")
     truth = None if config.truth is None else read_truth(config.truth, kind)
-    if truth is not None and truth.shape[1:] != left.shape[2:]:
+    factor = 2 if config.truth is not None and config.truth.suffix in SPRING else 1
+    if truth is not None and [*truth.shape[1:]] != [factor * side for side in left.shape[2:]]:
         raise DataError(f"{config.truth}: is {list(truth.shape[1:])}, but {config.left} is {list(left.shape[2:])}")
     device = next(module.parameters()).device
     started = time.perf_counter()
@@ -181,11 +182,11 @@ def show(title: str, scores: dict[str, float]) -> None:
 
 
 def read_truth(path: Path, kind: str) -> Tensor:
-    """Read truth for task ``kind``, ``[C, H, W]`` float32, infinite where unknown."""
+    """Read truth for task ``kind``, ``[C, H, W]`` float32, infinite where unknown; Spring's has four values a pixel."""
     if kind == "stereo":
-        return read_disparity(path)
+        return read_disparity(path, all_four=True)
     if kind == "flow":
-        return read_flow(path)
+        return read_flow(path, all_four=True)
     if kind == "depth":  # as disparity, in which what is not positive is unknown, too
         return read_depth(path)[0][None] if path.suffix.lower() == ".png" else read_disparity(path)
     values = read_npy(path) if path.suffix.lower() == ".npy" else read_pfm(path)

@@ -99,6 +99,8 @@ def as_flow(truth: Tensor) -> Tensor:
 
 def fitted(image: Tensor, reference: Tensor, flow: Tensor, size: tuple[int, int] | None, patch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bring a pair and its flow to ``size`` and cut off what exceeds whole patches; flow is that of the nearest pixel."""
+    if flow.shape[1] == 2 * image.shape[1]:  # Spring's has four values a pixel
+        flow = flow[:, ::2, ::2]
     if size is not None:
         height, width = image.shape[1:]
         image, reference = (F.interpolate(x[None], size, mode="bilinear", antialias=True)[0] for x in (image, reference))

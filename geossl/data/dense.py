@@ -24,7 +24,7 @@ from geossl.data.dense_augment import (
     crop_pair,
     resize_pair,
 )
-from geossl.data.dense_files import read_disparity, read_flow
+from geossl.data.dense_files import SPRING, read_disparity, read_flow
 from geossl.data.dense_layouts import DEPTH, FLOW, STEREO, DenseFiles, Layout, find_files
 from geossl.data.image_files import decode_image
 from geossl.data.pairs import PairDataset
@@ -72,8 +72,8 @@ class DenseDataConfig:
         """Make the data set of ``split``: ``train``, ``test`` (what is held out for validation, which may be nothing) or ``all``."""
         return DenseDataset(self, split)
 
-    def read_truth(self, path: Path) -> Tensor:
-        """Read the truth of a sample, ``[C, H, W]`` float32, infinite where unknown."""
+    def read_truth(self, path: Path, *, all_four: bool = False) -> Tensor:
+        """Read the truth of a sample, ``[C, H, W]`` float32, infinite where unknown; with ``all_four`` Spring's four values a pixel."""
         raise NotImplementedError
 
     def augmented(self, pair: DensePair, rng: np.random.Generator, source: str) -> DensePair:
@@ -111,9 +111,9 @@ class StereoDataConfig(DenseDataConfig):
         """Return the layouts that can be read, by name."""
         return STEREO
 
-    def read_truth(self, path: Path) -> Tensor:
+    def read_truth(self, path: Path, *, all_four: bool = False) -> Tensor:
         """Read disparity, ``[1, H, W]``."""
-        return read_disparity(path, self.png_scale or STEREO[self.layout].png_scale)
+        return read_disparity(path, self.png_scale or STEREO[self.layout].png_scale, all_four=all_four)
 
     def augmented(self, pair: DensePair, rng: np.random.Generator, source: str) -> DensePair:
         """Make a training sample."""
@@ -140,9 +140,9 @@ class FlowDataConfig(DenseDataConfig):
         """Return the layouts that can be read, by name."""
         return FLOW
 
-    def read_truth(self, path: Path) -> Tensor:
+    def read_truth(self, path: Path, *, all_four: bool = False) -> Tensor:
         """Read flow, ``[2, H, W]``."""
-        return read_flow(path)
+        return read_flow(path, all_four=all_four)
 
     def augmented(self, pair: DensePair, rng: np.random.Generator, source: str) -> DensePair:
         """Make a training sample."""
@@ -180,7 +180,7 @@ class DepthDataConfig(DenseDataConfig):
         """Return the layouts that can be read, by name."""
         return DEPTH
 
-    def read_truth(self, path: Path) -> Tensor:
+    def read_truth(self, path: Path, *, all_four: bool = False) -> Tensor:
         """Read depth, ``[1, H, W]``."""
         depth = read_depth(path, self.depth_scale)[0]
         return torch.where((depth > 0) & (depth <= self.max_depth), depth, torch.inf)[None]
@@ -251,26 +251,30 @@ class DenseDataset(PairDataset):
         first = decode_image(files.image, str(files.image))
         return first, first if files.reference is None else decode_image(files.reference, str(files.reference))
 
-    def pair(self, row: int) -> DensePair:
+    def pair(self, row: int, *, all_four: bool = False) -> DensePair:
         """Return sample ``row`` as stored: images in 0..1 and truth, infinite where unknown.
+
+        With ``all_four``, Spring's truth has its four values a pixel, so twice the rows and columns of the images.
 
         Raises:
             DataError: a file is damaged, or they differ in size; the message names it.
         """
         files = self.files[row]
         first, second = (image.float() / 255 for image in self.read(row))
-        truth = self.config.read_truth(files.truth)
-        for path, shape in ((files.reference, second.shape[1:]), (files.truth, truth.shape[1:])):
-            if shape != first.shape[1:]:
+        truth = self.config.read_truth(files.truth, all_four=all_four)
+        fits = first.shape[1:] if not all_four or files.truth.suffix not in SPRING else torch.Size(2 * side for side in first.shape[1:])
+        for path, shape, wanted in ((files.reference, second.shape[1:], first.shape[1:]), (files.truth, truth.shape[1:], fits)):
+            if shape != wanted:
                 raise DataError(f"{path}: has {shape[0]} x {shape[1]} pixels, but {files.image} has {first.shape[1]} x {first.shape[2]}")
         return DensePair(first, None if files.reference is None else second, truth)
 
     def _sample(self, row: int, rng: np.random.Generator | None) -> ImageSample:
         config: DenseDataConfig = self.config
-        pair, source = config.fitted(self.pair(row)), self.source(row)
+        whole = rng is None and config.evaluation == "whole"
+        pair, source = config.fitted(self.pair(row, all_four=whole)), self.source(row)
         if rng is not None:
             pair = config.augmented(pair, rng, source)
-        elif config.evaluation == "crop":
+        elif not whole:
             pair = crop_pair(pair, config.crop, None, source)
         pair = pair.images(normalize_images)
         return ImageSample(pair.image, row, pair.reference, pair.truth.contiguous())

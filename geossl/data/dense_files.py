@@ -21,6 +21,9 @@ from geossl.errors import DataError
 _FLO = 202021.25
 _LARGEST = 1 << 28  # numbers in a file: a damaged header must not ask for all memory
 
+SPRING = (".dsp5", ".flo5")
+"""Suffixes of Spring's files of truth, which have four values a pixel."""
+
 
 def read_pfm(path: Path) -> np.ndarray:
     """Read a portable float map: ``[H, W]`` or ``[H, W, 3]`` float32, first row on top.
@@ -122,13 +125,13 @@ def write_png16(path: Path, values: np.ndarray) -> None:
     atomic_write(path, lambda file: file.write(b"\x89PNG\r\n\x1a\n" + body))
 
 
-def read_disparity(path: Path, png_scale: float = 256.0) -> Tensor:
+def read_disparity(path: Path, png_scale: float = 256.0, *, all_four: bool = False) -> Tensor:
     """Read a disparity file, told by its suffix.
 
     Args:
-        path: ``.pfm`` (not positive or infinite where unknown), ``.png`` (0 where unknown), ``.dsp5`` (Spring's HDF5, reduced to image
-            size) or ``.npy``.
+        path: ``.pfm`` (not positive or infinite where unknown), ``.png`` (0 where unknown), ``.dsp5`` (Spring's HDF5) or ``.npy``.
         png_scale: Units of a png to the pixel: 256 for KITTI, 32 for CREStereo, 1 for Middlebury 2005 and 2006.
+        all_four: Keep Spring's four values a pixel, which has twice the rows and columns; else the upper left of them.
 
     Returns:
         ``[1, H, W]`` float32, infinite where unknown.
@@ -142,7 +145,7 @@ def read_disparity(path: Path, png_scale: float = 256.0) -> Tensor:
     elif suffix == ".pfm":
         values = read_pfm(path)
     elif suffix == ".dsp5":
-        values = _at_image_size(read_h5(path, ["disparity"])["disparity"], path)
+        values = _of_spring(read_h5(path, ["disparity"])["disparity"], path, all_four)
     elif suffix == ".npy":
         values = read_npy(path)
     else:
@@ -155,12 +158,13 @@ def read_disparity(path: Path, png_scale: float = 256.0) -> Tensor:
     return torch.from_numpy(np.where(np.isfinite(values) & (values > 0), values, np.float32(np.inf)))[None]
 
 
-def read_flow(path: Path) -> Tensor:
+def read_flow(path: Path, *, all_four: bool = False) -> Tensor:
     """Read a flow file, told by its suffix.
 
     Args:
         path: ``.flo``, ``.pfm`` (x, y and something else), ``.png`` (KITTI: (value - 2^15) / 64, the third channel says where it is
-            known), ``.flo5`` (Spring's HDF5, reduced to image size) or ``.npy``.
+            known), ``.flo5`` (Spring's HDF5) or ``.npy``.
+        all_four: As for :func:`read_disparity`.
 
     Returns:
         ``[2, H, W]`` float32, infinite where unknown (in files that have no other sign: where not finite or over 1e9).
@@ -180,7 +184,7 @@ def read_flow(path: Path) -> Tensor:
     elif suffix == ".pfm":
         values = read_pfm(path)
     elif suffix == ".flo5":
-        values = _at_image_size(read_h5(path, ["flow"])["flow"], path)
+        values = _of_spring(read_h5(path, ["flow"])["flow"], path, all_four)
     elif suffix == ".npy":
         values = read_npy(path)
     else:
@@ -192,11 +196,11 @@ def read_flow(path: Path) -> Tensor:
     return torch.from_numpy(np.where(known, values, np.float32(np.inf)).transpose(2, 0, 1).copy())
 
 
-def _at_image_size(values: np.ndarray, path: Path) -> np.ndarray:
-    """Spring's truth has two rows and columns to a pixel, in units of the image's pixels: take the upper left of the four."""
+def _of_spring(values: np.ndarray, path: Path, all_four: bool) -> np.ndarray:
+    """Spring's truth has two rows and columns to a pixel, in units of the image's pixels."""
     if values.ndim < 2 or values.shape[0] % 2 or values.shape[1] % 2:
         raise DataError(f"{path}: Spring's truth has an even number of rows and columns, got {list(values.shape)}")
-    return values[::2, ::2]
+    return values if all_four else values[::2, ::2]
 
 
 def read_npy(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 from geossl.data import build_loader
 from geossl.errors import DataError, unknown_name
 from geossl.evaluation.features import device_of, frozen
-from geossl.layers.dense_errors import CHANNELS, ERRORS, pixel_sums
+from geossl.layers.dense_errors import CHANNELS, ERRORS, nearest_truth, pixel_sums
 
 
 class DenseMeter:
@@ -40,12 +40,12 @@ class DenseMeter:
 
         Args:
             prediction: ``[B, C, H, W]``.
-            truth: Like it, not finite where unknown.
+            truth: Like it, not finite where unknown; or twice as high and wide, then a pixel's error is the least of four.
 
         Raises:
             ValueError: the shapes are wrong.
         """
-        for name, (total, count) in pixel_sums(self.kind, prediction, truth).items():
+        for name, (total, count) in pixel_sums(self.kind, prediction, nearest_truth(prediction, truth)).items():
             self._sums[name] = self._sums.get(name, 0.0) + float(total.sum())
             self._counts[name] = self._counts.get(name, 0) + int(count.sum())
 

@@ -17,7 +17,7 @@ from geossl.data import collate
 from geossl.evaluation.features import device_of, frozen
 from geossl.evaluation.report_data import cloud_name, save_images
 from geossl.geometry import denormalize_images
-from geossl.layers.dense_errors import ERRORS
+from geossl.layers.dense_errors import ERRORS, nearest_truth
 
 UNKNOWN = 0.2
 """Grey of pixels without a value."""
@@ -85,7 +85,8 @@ def dense_pictures(kind: str, batch: Any, prediction: Tensor) -> list[dict[str, 
         Of each image its pictures ``[H, W, 3]`` in 0..1 by title; ``error`` is ``[H, W]`` in the unit of the task's first score, 0 where
         there is no truth.
     """
-    prediction, truth = prediction.cpu().float(), batch.truth.cpu()
+    prediction = prediction.cpu().float()
+    truth = nearest_truth(prediction, batch.truth.cpu())
     error, known = next(iter(ERRORS[kind](prediction, truth).values()))
     error = torch.where(known, error, 0.0)
     seen = {"image": batch.image} if batch.reference is None else {"image": batch.image, "second image": batch.reference}

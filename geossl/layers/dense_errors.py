@@ -22,6 +22,22 @@ Quantities = dict[str, tuple[Tensor, Tensor]]
 """By name: a number for each pixel and whether the pixel counts, both ``[B, H, W]``."""
 
 
+def nearest_truth(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Return truth of the prediction's size: of four values a pixel (Spring's, twice as many rows and columns), the one nearest to it.
+
+    Args:
+        prediction: ``[B, C, H, W]``.
+        truth: ``[B, C, H, W]``, returned as it is, or ``[B, C, 2 H, 2 W]``.
+    """
+    height, width = prediction.shape[2:]
+    if tuple(truth.shape[2:]) != (2 * height, 2 * width):
+        return truth
+    four = truth.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(3, 5, 0, 1, 2, 4).flatten(0, 1)  # [4, B, C, H, W]
+    distance = (four - prediction).square().sum(2, keepdim=True)  # infinite where unknown
+    best = torch.where(distance.isnan(), torch.inf, distance).argmin(0, keepdim=True)
+    return four.gather(0, best.expand(1, *four.shape[1:]))[0]
+
+
 def stereo_errors(prediction: Tensor, truth: Tensor) -> Quantities:
     """Of disparities ``[B, 1, H, W]``."""
     known = truth.isfinite().all(1)

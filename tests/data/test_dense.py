@@ -189,6 +189,19 @@ def check(train: DenseDataset, test: DenseDataset, truth: list[float], sizes: tu
     assert not torch.equal(again.image, third.image)
 
 
+def test_spring_is_scored_against_four_values_a_pixel(tmp_path: Path) -> None:
+    spring(tmp_path)
+    for config in (
+        StereoDataConfig(layout="spring", root=tmp_path, crop=(12, 16)),
+        FlowDataConfig(layout="spring", root=tmp_path, crop=(12, 16)),
+    ):
+        data = config.build("test")
+        assert data.get(0).truth.shape[1:] == (2 * SIZE[0], 2 * SIZE[1])
+        assert data.get(0, np.random.default_rng(0)).truth.shape[1:] == (12, 16)
+        config.evaluation = "crop"
+        assert config.build("test").get(0).truth.shape[1:] == (12, 16)
+
+
 def test_every_layout_has_a_case() -> None:
     assert set(STEREO_CASES) == set(StereoDataConfig().layouts()) - {"list"}
     assert set(FLOW_CASES) == set(FlowDataConfig().layouts()) - {"list"}

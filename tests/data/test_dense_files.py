@@ -90,6 +90,7 @@ def test_disparity(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "spring.dsp5", "w") as file:
         file["disparity"] = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
     assert read_disparity(tmp_path / "spring.dsp5").tolist() == [[[1, 3]]]
+    assert read_disparity(tmp_path / "spring.dsp5", all_four=True).shape == (1, 2, 4)
     np.save(tmp_path / "a.npy", np.array([[2.0, np.nan]]))
     assert read_disparity(tmp_path / "a.npy").tolist() == [[[2, INF]]]
 

@@ -7,7 +7,7 @@ import torch
 
 from geossl.errors import UnknownNameError
 from geossl.evaluation.dense import DenseMeter
-from geossl.layers.dense_errors import CHANNELS, batch_scores
+from geossl.layers.dense_errors import CHANNELS, batch_scores, nearest_truth
 
 INF = float("inf")
 
@@ -48,6 +48,21 @@ def test_flow() -> None:
     assert (found["s0-10"], found["s10-40"], found["s40+"]) == (5.0, 1.0, 6.5)  # 10 and 40 belong to the faster bin
     assert found["F1-all"] == 50
     assert scores("flow", prediction[..., :1], truth[..., :1])["s40+"] == 0  # an empty bin
+
+
+def test_of_four_true_values_a_pixel_the_nearest_counts() -> None:
+    truth = torch.tensor([[[[1.0, 2.0, 9.0, INF], [3.0, 4.0, INF, INF], [INF, INF, 5.0, 5.0], [INF, INF, 5.0, 5.0]]]])
+    prediction = torch.tensor([[[[3.2, 0.0], [7.0, 5.5]]]])
+    assert nearest_truth(prediction, truth).tolist() == [[[[3.0, 9.0], [INF, 5.0]]]]
+    assert nearest_truth(prediction, prediction) is prediction
+    meter = DenseMeter("stereo")
+    meter.update(prediction, truth)
+    assert meter.scores()["L1err"] == pytest.approx((0.2 + 9 + 0.5) / 3)
+    flow = torch.cat([truth, -truth], 1)
+    assert nearest_truth(torch.cat([prediction, -prediction], 1), flow)[0, :, 0, 0].tolist() == [3.0, -3.0]
+    meter = DenseMeter("stereo")
+    meter.update(torch.full_like(prediction, torch.nan), truth)
+    assert torch.isnan(torch.tensor(meter.scores()["L1err"]))
 
 
 def test_depth() -> None:
