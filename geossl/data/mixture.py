@@ -30,6 +30,8 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         require(all(count >= 1 for count in self.times), "times", "must be at least 1", self.times)
         require(len(self.times) in (0, len(self.parts)), "times", f"must have a number for each of the {len(self.parts)} parts", self.times)
+        crops = [crop if isinstance(crop, tuple) else (crop, crop) for crop in (part.crop for part in self.parts if hasattr(part, "crop"))]
+        require(len(set(crops)) <= 1, "parts", "must give images of one size, so have the same crop", crops)
 
     def describe(self) -> str:
         """Return what a sample is, in words."""

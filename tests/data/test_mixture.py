@@ -64,6 +64,8 @@ def test_bad_mixtures_are_refused(lists):
         MixtureConfig(parts=parts(lists), times=(1,))
     with pytest.raises(ConfigError, match="times must be at least 1"):
         MixtureConfig(parts=parts(lists), times=(1, 0))
+    with pytest.raises(ConfigError, match=r"parts must give images of one size.*\[\(32, 32\), \(48, 48\)\]"):
+        MixtureConfig(parts=(parts(lists)[0], PairsConfig(crop=48)))
     with pytest.raises(DataError, match=r"data\.parts names no data sets"):
         MixtureConfig().build()
     with pytest.raises(DataError, match=r"parts\[1\], objects, gives \('xyz',\), but parts\[0\], stereo, gives \('rgb',\)"):
