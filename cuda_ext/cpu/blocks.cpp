@@ -67,10 +67,10 @@ GEOSSL_INLINE int64_t bound_boxes(const Blocks<T>& own, int64_t b, const Blocks<
 
 template <class T, int kBytes, bool kL1>
 struct Nearest {
-  static constexpr int kWidth = kBytes / static_cast<int>(sizeof(T));
+  using Values = typename Vector<T, kBytes>::Values;
+  using Numbers = typename Vector<T, kBytes>::Numbers;
+  static constexpr int kWidth = Vector<T, kBytes>::kWidth;
   static constexpr int kVectors = kBlock / kWidth;
-  typedef T Values __attribute__((vector_size(kBytes)));
-  typedef Bits<T> Numbers __attribute__((vector_size(kBytes)));
   typedef Bits<T> Four __attribute__((vector_size(16)));
 
   Values x[kVectors], y[kVectors], z[kVectors], best[kVectors];
@@ -110,19 +110,7 @@ struct Nearest {
         near[i] = Values{} + std::numeric_limits<T>::infinity();
         whose[i] = Numbers{} + std::numeric_limits<Bits<T>>::max();
       }
-      for (int32_t j = 0; j < size; ++j) {  // rows ascend
-        const Numbers current = Numbers{} + p_row[j];
-#pragma GCC unroll 2
-        for (int i = 0; i < kParts; ++i) {
-          const Values dx = x[first + i] - p.x[j], dy = y[first + i] - p.y[j], dz = z[first + i] - p.z[j];
-          Values d;
-          if constexpr (kL1) d = ((dx < 0 ? -dx : dx) + (dy < 0 ? -dy : dy)) + (dz < 0 ? -dz : dz);
-          else d = (dx * dx + dy * dy) + dz * dz;
-          const auto closer = d < near[i];
-          near[i] = closer ? d : near[i];
-          whose[i] = closer ? current : whose[i];
-        }
-      }
+      keep_nearest<T, kBytes, kL1, kParts>(x + first, y + first, z + first, p, size, [&](int64_t j) { return p_row[j]; }, near, whose);  // rows ascend
 #pragma GCC unroll 2
       for (int i = 0; i < kParts; ++i) {  // one comparison after the other: gcc would combine their outcomes number by number
         Values& own = best[first + i];

@@ -6,6 +6,35 @@ namespace geossl {
 
 constexpr int kBlock = 16;  // points side by side: one AVX-512 vector of float32
 
+// gcc and clang vectors as wide as the machine's, of coordinates or distances and of rows.
+template <class T, int kBytes>
+struct Vector {
+  static constexpr int kWidth = kBytes / static_cast<int>(sizeof(T));
+  typedef T Values __attribute__((vector_size(kBytes)));
+  typedef Bits<T> Numbers __attribute__((vector_size(kBytes)));
+};
+
+// For kParts vectors of queries, compares with n points: where one is nearer than `best`, takes its distance and number_of(its place). NaN
+// compares false, so invalid points never win.
+template <class T, int kBytes, bool kL1, int kParts, class F>
+GEOSSL_INLINE void keep_nearest(const typename Vector<T, kBytes>::Values* x, const typename Vector<T, kBytes>::Values* y,
+                                const typename Vector<T, kBytes>::Values* z, const Soa<T>& p, int64_t n, F&& number_of,
+                                typename Vector<T, kBytes>::Values* best, typename Vector<T, kBytes>::Numbers* number) {
+  for (int64_t j = 0; j < n; ++j) {
+    const typename Vector<T, kBytes>::Numbers current = typename Vector<T, kBytes>::Numbers{} + number_of(j);
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts; ++i) {
+      const typename Vector<T, kBytes>::Values dx = x[i] - p.x[j], dy = y[i] - p.y[j], dz = z[i] - p.z[j];
+      typename Vector<T, kBytes>::Values d;
+      if constexpr (kL1) d = ((dx < 0 ? -dx : dx) + (dy < 0 ? -dy : dy)) + (dz < 0 ? -dz : dz);
+      else d = (dx * dx + dy * dy) + dz * dz;
+      const auto closer = d < best[i];
+      best[i] = closer ? d : best[i];
+      number[i] = closer ? current : number[i];
+    }
+  }
+}
+
 // The finite points of a cloud in blocks of neighbours.
 template <class T>
 class Blocks {
