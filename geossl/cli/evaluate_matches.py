@@ -8,7 +8,7 @@ with flow or disparity. Beside every score stands what a method would get that t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geossl.cli.training import make_console
-from geossl.config import load_config, registry_field, require, split_arguments
+from geossl.config import load_config, require, split_arguments
 from geossl.data import DATASETS, ImageSample
 from geossl.data.files import write_json
 from geossl.errors import ConfigError, DataError
@@ -25,12 +25,17 @@ from geossl.evaluation import Matches, MatchScores, match_patches, score_matches
 from geossl.models import CroCoPair, load_pair_backbone
 
 
+def rooms_with_flow() -> Any:
+    """Rendered pairs of simulated rooms, whose flow is exact."""
+    return replace(DATASETS.config("room_pairs"), truth="flow")
+
+
 @dataclass(kw_only=True)
 class EvaluateMatchesConfig:
     """Score matches read off the cross-attention of a pretrained pair of encoder and decoder."""
 
-    data: Any = registry_field(DATASETS, default="room_pairs")  # noqa: RUF009 - makes a dataclass field
-    """Pairs with flow or disparity (`room_pairs` needs data.truth flow, which is the default here)."""
+    data: Any = field(default_factory=rooms_with_flow, metadata={"registry": DATASETS})
+    """Pairs with flow or disparity."""
     split: Literal["train", "test", "all"] = "test"
     """Which part; `all` where the data set has it."""
     size: tuple[int, int] | None = None
@@ -52,8 +57,6 @@ def main(argv: list[str]) -> int:
         load_config(EvaluateMatchesConfig, None, args, prog="evaluate matches MODEL")  # prints --help, or names a wrong flag
         raise ConfigError("evaluate matches: name a model first: a run folder of method croco, or an official file; see --help")
     path, args = split_arguments(args)
-    if path is None and not any(flag.partition("=")[0] == "--data.name" for flag in args):
-        args = ["--data.truth", "flow", *args]
     config = load_config(EvaluateMatchesConfig, path, args, prog="evaluate matches MODEL")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     pair = load_pair_backbone(name).to(device)

@@ -82,3 +82,5 @@ def test_disparity_is_flow_to_the_left_and_follows_the_size() -> None:
         cut = fitted(image, image, flow, size, 16)
         assert [tuple(part.shape[1:]) for part in cut] == [shape] * 3
         assert cut[2][0, -1, -1] == value
+    four = torch.arange(12.0).expand(2, 32, 12).repeat_interleave(8, 2)[:, :, :96].repeat_interleave(2, 1)  # Spring's
+    assert torch.equal(fitted(image, image, four, None, 16)[2], four[:, ::2, ::2])

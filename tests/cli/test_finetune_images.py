@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,13 @@ def test_a_pair_of_files(stereo_run: Path, photos: list[str], tmp_path: Path, ca
     assert run("evaluate", [*pair, "--out", str(tmp_path / "picture.png"), "--truth", str(tmp_path / "truth.npy")]) == 0
     assert Image.open(tmp_path / "picture.png").size == (90, 70)
     assert "L1err" in capsys.readouterr().out
+    with h5py.File(tmp_path / "spring.dsp5", "w") as file:  # one of the four values a pixel is what is predicted
+        known = np.where(values > 0, values, np.nan)
+        four = (known + 1000).repeat(2, 0).repeat(2, 1)
+        four[1::2, ::2] = known
+        file["disparity"] = four
+    assert run("evaluate", [*pair, "--out", str(tmp_path / "picture.png"), "--truth", str(tmp_path / "spring.dsp5")]) == 0
+    assert re.search(r"bad@3\.0 *│ *0 ", capsys.readouterr().out)
     assert run("evaluate", [*pair, "--out", str(tmp_path / "disparity.pfm"), "--window", "32", "64", "--windows_at_once", "4"]) == 0
 
 
