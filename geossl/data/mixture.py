@@ -21,6 +21,7 @@ class MixtureConfig:
     """
 
     name: str = "mixture"
+    """The data set: ``mixture``."""
     parts: tuple[Any, ...] = registry_fields(DATASETS)
     """The data sets, each with its own keys."""
     times: tuple[int, ...] = ()
