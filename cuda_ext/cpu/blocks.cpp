@@ -10,7 +10,8 @@ void Blocks<T>::load(const T* rows, int64_t n, int threads) {
   int32_t* number = numbers_.get(3 * n);  // rows of the valid points; their order; their blocks
   const int64_t found = load_valid(rows, n, valid, number);
   int32_t *order = number + n, *block_of = order + n;
-  const std::vector<int32_t> ends = spatial_order(valid, found, kBlock, order, threads);
+  Helpers helpers(threads);
+  const std::vector<int32_t> ends = spatial_order(valid, found, kBlock, order, helpers);
   count = static_cast<int64_t>(ends.size());
   size = sizes_.get(count);
   for (int64_t b = 0; b < count; ++b) size[b] = ends[static_cast<size_t>(b)] - (b > 0 ? ends[static_cast<size_t>(b - 1)] : 0);

@@ -79,8 +79,9 @@ bool bin_image(const Image<T>& image, int threads, int64_t row_base, int64_t bef
   const int pieces = static_cast<int>(pieces_of(threads, count, 4096));
   std::vector<std::vector<Span>> spans(static_cast<size_t>(pieces));
   std::vector<int64_t> entries(static_cast<size_t>(pieces * tiles), 0);
+  Helpers helpers(threads);
   const auto each_piece = [&](auto&& f) {
-    for_pieces(pieces, [&](int piece) { f(static_cast<size_t>(piece), entries.data() + piece * tiles); });
+    helpers.share(pieces, [&](int64_t piece) { f(static_cast<size_t>(piece), entries.data() + piece * tiles); });
   };
   each_piece([&](size_t piece, int64_t* own) {
     const int64_t begin = static_cast<int64_t>(piece) * count / pieces, end = static_cast<int64_t>(piece + 1) * count / pieces;

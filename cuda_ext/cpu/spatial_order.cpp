@@ -13,27 +13,32 @@ struct Coded {
   int32_t item;
 };
 
-// Spreads the lowest 10 bits three apart.
-inline uint32_t spread_10_bits(uint32_t v) {
-  v = (v | v << 16) & 0x030000ffu;
+// Spreads the lowest 8 bits three apart.
+inline uint32_t spread_8_bits(uint32_t v) {
   v = (v | v << 8) & 0x0300f00fu;
   v = (v | v << 4) & 0x030c30c3u;
   return (v | v << 2) & 0x09249249u;
 }
 
-constexpr int kDigitBits = 10, kDigits = 1 << kDigitBits, kCodeBits = 3 * kDigitBits;
-inline size_t top_digit(uint32_t code) { return code >> (kCodeBits - kDigitBits); }
+constexpr int kCells = 1 << 8, kCodeBits = 24;  // along each axis; of all three
+constexpr int kTopBits = 10, kTops = 1 << kTopBits;
+inline size_t top_of(uint32_t code) { return code >> (kCodeBits - kTopBits); }
 
 // Sorts n items by code, stably; `other` is scratch.
 void sort_by_code(Coded* items, Coded* other, int64_t n) {
   if (n < 256) return std::stable_sort(items, items + n, [](const Coded& a, const Coded& b) { return a.code < b.code; });
+  const int bits = n < 8192 ? 8 : 12;  // three passes over few items or two over many: there are no more places to count than items
+  const uint32_t digits = 1u << bits;
   Coded* from = items;
-  for (int shift = 0; shift < kCodeBits; shift += kDigitBits) {
-    std::array<int32_t, kDigits> start{};
-    for (int64_t i = 0; i < n; ++i) ++start[from[i].code >> shift & (kDigits - 1)];
-    int32_t sum = 0;
-    for (int32_t& value : start) sum += value, value = sum - value;
-    for (int64_t i = 0; i < n; ++i) other[start[from[i].code >> shift & (kDigits - 1)]++] = from[i];
+  for (int shift = 0; shift < kCodeBits; shift += bits) {
+    std::array<int32_t, 4096> start;
+    std::fill_n(start.begin(), digits, 0);
+    for (int64_t i = 0; i < n; ++i) ++start[from[i].code >> shift & (digits - 1)];
+    for (uint32_t digit = 0, sum = 0; digit < digits; ++digit) {
+      const int32_t count = start[digit];
+      start[digit] = static_cast<int32_t>(sum), sum += static_cast<uint32_t>(count);
+    }
+    for (int64_t i = 0; i < n; ++i) other[start[from[i].code >> shift & (digits - 1)]++] = from[i];
     std::swap(from, other);
   }
   if (from != items) std::copy(from, from + n, items);
@@ -63,7 +68,7 @@ class Grouping {
   Grouping(const Soa<T>& points, int64_t largest, int32_t* order) : axes_{points.x, points.y, points.z}, largest_(largest), order_(order) {}
 
   // Orders and cuts the items order[begin] .. order[end], whose coordinates are at[0 .. 2].
-  void run(const T* const* at, int64_t begin, int64_t end, int threads, std::vector<int32_t>& ends) const {
+  void run(const T* const* at, int64_t begin, int64_t end, Helpers& helpers, std::vector<int32_t>& ends) const {
     const int64_t n = end - begin;
     T low[3], extent = 0;
     for (int a = 0; a < 3; ++a) {
@@ -71,31 +76,36 @@ class Grouping {
       bounds_of(at[a], n, low[a], high);
       extent = std::max(extent, high - low[a]);
     }
-    const T scale = T(kDigits - 1) / extent;
+    const T scale = T(kCells - 1) / extent;
     if (n <= largest_ || !(extent > 0) || !finite(scale) || !(scale > 0)) {
       // Few, all equal, or further apart than the type can tell: in index order.
       for (int64_t i = begin; i < end; i += largest_) ends.push_back(static_cast<int32_t>(std::min(i + largest_, end)));
       return;
     }
-    const int pieces = static_cast<int>(pieces_of(threads, n, kGrain));
+    const int pieces = static_cast<int>(pieces_of(helpers.threads(), n, kGrain));
     Scratch<Coded> memory[2];
     Coded *items = memory[0].get(n), *other = memory[1].get(n);
-    std::vector<Digits> count(static_cast<size_t>(pieces));
-    for_pieces(pieces, [&](int piece) {
+    std::vector<Digits> count(static_cast<size_t>(pieces > 1 ? pieces : 0));
+    helpers.share(pieces, [&](int64_t piece) {
       const int64_t from = piece * n / pieces, to = (piece + 1) * n / pieces;
-      Digits& own = count[static_cast<size_t>(piece)];
-      own.fill(0);
       for (int64_t i = from; i < to; ++i) {
         uint32_t code = 0;
-        for (int a = 0; a < 3; ++a) code |= spread_10_bits(static_cast<uint32_t>(static_cast<int32_t>((at[a][i] - low[a]) * scale))) << a;
+        for (int a = 0; a < 3; ++a) code |= spread_8_bits(static_cast<uint32_t>(static_cast<int32_t>((at[a][i] - low[a]) * scale))) << a;
         items[i] = {code, order_[begin + i]};
       }
-      for (int64_t i = from; i < to && pieces > 1; ++i) ++own[top_digit(items[i].code)];
+      if (pieces == 1) return;
+      Digits& own = count[static_cast<size_t>(piece)];
+      for (int64_t i = from; i < to; ++i) ++own[top_of(items[i].code)];
     });
-    const std::vector<int64_t> bound = deal_out(items, other, n, count);
-    if (pieces > 1) std::swap(items, other);
+    if (pieces == 1) {
+      sort_by_code(items, other, n);
+      for (int64_t i = 0; i < n; ++i) order_[begin + i] = items[i].item;
+      return cut({items, items + n, begin}, ends);
+    }
+    const std::vector<int64_t> bound = deal_out(items, other, n, count, helpers);
+    std::swap(items, other);
     std::vector<std::vector<int32_t>> parts(static_cast<size_t>(pieces));
-    for_pieces(pieces, [&](int piece) {
+    helpers.share(pieces, [&](int64_t piece) {
       const int64_t from = bound[static_cast<size_t>(piece)], to = bound[static_cast<size_t>(piece) + 1];
       sort_by_code(items + from, other + from, to - from);
       for (int64_t i = from; i < to; ++i) order_[begin + i] = items[i].item;
@@ -105,15 +115,14 @@ class Grouping {
   }
 
  private:
-  using Digits = std::array<int64_t, kDigits>;  // how many items have each highest digit
+  using Digits = std::array<int64_t, kTops>;  // how many items have each highest digit
 
   // Deals n items out to as many pieces as there are counts, about as many to each, all of one highest digit to the same piece, in order.
   // Returns where pieces begin, and the end.
-  std::vector<int64_t> deal_out(const Coded* items, Coded* other, int64_t n, std::vector<Digits>& count) const {
+  std::vector<int64_t> deal_out(const Coded* items, Coded* other, int64_t n, std::vector<Digits>& count, Helpers& helpers) const {
     const auto pieces = static_cast<int64_t>(count.size());
-    if (pieces == 1) return {0, n};
-    std::array<int64_t, kDigits + 1> before{};  // items of lower digits
-    for (size_t digit = 0; digit < kDigits; ++digit) {
+    std::array<int64_t, kTops + 1> before{};  // items of lower digits
+    for (size_t digit = 0; digit < kTops; ++digit) {
       before[digit + 1] = before[digit];
       for (const Digits& own : count) before[digit + 1] += own[digit];
     }
@@ -123,15 +132,15 @@ class Grouping {
       bound.push_back(before[static_cast<size_t>(digit)]);
     }
     bound.push_back(n);
-    for (size_t digit = 0; digit < kDigits; ++digit) {  // counts become places
+    for (size_t digit = 0; digit < kTops; ++digit) {  // counts become places
       int64_t at = before[digit];
       for (Digits& own : count) at += own[digit], own[digit] = at - own[digit];
     }
-    for_pieces(static_cast<int>(pieces), [&](int piece) {
+    helpers.share(pieces, [&](int64_t piece) {
       Digits& next = count[static_cast<size_t>(piece)];
       for (int64_t i = piece * n / pieces; i < (piece + 1) * n / pieces; ++i) {
         const Coded item = items[i];
-        other[next[top_digit(item.code)]++] = item;
+        other[next[top_of(item.code)]++] = item;
       }
     });
     return bound;
@@ -163,12 +172,15 @@ class Grouping {
     } else if (range.size() <= largest_) {
       ends.push_back(static_cast<int32_t>(range.begin + range.size()));
     } else {
-      // One cell; inside, the extent is a thousand times smaller.
+      // One cell; inside, the extent is 256 times smaller.
       std::vector<T> gathered[3];
-      for (int a = 0; a < 3; ++a)
-        for (int64_t i = 0; i < range.size(); ++i) gathered[a].push_back(axes_[a][range.first[i].item]);
+      for (int a = 0; a < 3; ++a) {
+        gathered[a].resize(static_cast<size_t>(range.size()));
+        for (int64_t i = 0; i < range.size(); ++i) gathered[a][static_cast<size_t>(i)] = axes_[a][range.first[i].item];
+      }
       const T* const at[] = {gathered[0].data(), gathered[1].data(), gathered[2].data()};
-      run(at, range.begin, range.begin + range.size(), 1, ends);
+      Helpers alone(1);
+      run(at, range.begin, range.begin + range.size(), alone, ends);
     }
   }
 
@@ -180,11 +192,11 @@ class Grouping {
 }  // namespace
 
 template <class T>
-std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order, int threads) {
+std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order, Helpers& helpers) {
   std::vector<int32_t> ends;
   for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
   const T* const at[] = {points.x, points.y, points.z};
-  if (n > 0) Grouping<T>(points, largest, order).run(at, 0, n, threads, ends);
+  if (n > 0) Grouping<T>(points, largest, order).run(at, 0, n, helpers, ends);
   return ends;
 }
 
@@ -199,8 +211,8 @@ int64_t load_valid(const T* rows, int64_t n, const Soa<T>& to, int32_t* id) {
   return count;
 }
 
-template std::vector<int32_t> spatial_order(const Soa<float>&, int64_t, int64_t, int32_t*, int);
-template std::vector<int32_t> spatial_order(const Soa<double>&, int64_t, int64_t, int32_t*, int);
+template std::vector<int32_t> spatial_order(const Soa<float>&, int64_t, int64_t, int32_t*, Helpers&);
+template std::vector<int32_t> spatial_order(const Soa<double>&, int64_t, int64_t, int32_t*, Helpers&);
 template int64_t load_valid(const float*, int64_t, const Soa<float>&, int32_t*);
 template int64_t load_valid(const double*, int64_t, const Soa<double>&, int32_t*);
 

@@ -4,7 +4,6 @@
 #include <cmath>
 
 namespace geossl {
-
 // Boxes ------------------------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -35,14 +34,17 @@ Tree<T>::Tree(const T* rows, int64_t n, int threads) {
   const Soa<T> loaded{x.get(n), y.get(n), z.get(n)};
   int32_t *loaded_row = valid.get(n), *sorted = order.get(n);
   const int64_t count = load_valid(rows, n, loaded, loaded_row);
-  const std::vector<int32_t> ends = spatial_order(loaded, count, kLeafSize, sorted, threads);
+  Helpers helpers(threads);
+  const std::vector<int32_t> ends = spatial_order(loaded, count, kLeafSize, sorted, helpers);
 
   const auto leaves = static_cast<int64_t>(ends.size()), slots = leaves * kLeafSize;
   points = {x_.get(slots), y_.get(slots), z_.get(slots)};
   row = row_.get(slots);
   if (count == 0) return;
   levels.emplace_back(leaves);
-  parallel_for(threads, leaves, 1024, [&](int64_t leaf0, int64_t leaf1) {
+  const int64_t pieces = pieces_of(threads, leaves, 1024);
+  helpers.share(pieces, [&](int64_t piece) {
+    const int64_t leaf0 = piece * leaves / pieces, leaf1 = (piece + 1) * leaves / pieces;
     for (int64_t leaf = leaf0, from = leaf ? ends[static_cast<size_t>(leaf) - 1] : 0; leaf < leaf1; ++leaf) {
       int64_t slot = leaf * kLeafSize;
       for (; from < ends[static_cast<size_t>(leaf)]; ++from, ++slot) {

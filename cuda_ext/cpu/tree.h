@@ -9,12 +9,12 @@
 namespace geossl {
 
 // Puts n points into an order in which neighbours in the order are neighbours in space, and cuts it into groups of up to `largest` points
-// in boxes that do not overlap: along a Morton curve through 1024^3 cells of the bounding box, and again inside every cell that holds too
+// in boxes that do not overlap: along a Morton curve through 256^3 cells of the bounding box, and again inside every cell that holds too
 // many, so that dense spots and far outliers do not spoil it. Equal points stay in index order. All coordinates must be finite.
 // Returns where each group ends. Groups also end where the work of a thread does, so nothing that is found may depend on how points are
 // grouped.
 template <class T>
-std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order, int threads);
+std::vector<int32_t> spatial_order(const Soa<T>& points, int64_t n, int64_t largest, int32_t* order, Helpers& helpers);
 
 // Copies the valid ones of n points into arrays, with their row numbers, and returns how many.
 template <class T>
@@ -102,7 +102,8 @@ void in_spatial_order(const T* rows, int64_t n, F&& f) {
   const Soa<T> loaded{x.get(n + 1), y.get(n + 1), z.get(n + 1)};
   int32_t *numbers = valid.get(n + 1), *sorted = order.get(n);
   const int64_t count = load_valid(rows, n, loaded, numbers);
-  spatial_order(loaded, count, kLeafSize, sorted, 1);
+  Helpers alone(1);
+  spatial_order(loaded, count, kLeafSize, sorted, alone);
   for (int64_t i = 0, next = 0; i < n; ++i) {
     if (next < count && numbers[next] == i) ++next;
     else f(i);

@@ -163,6 +163,7 @@ struct Job {
   int64_t total, cap;         // number of possible keys; points a voxel may keep
   int64_t rows;
   int pieces;
+  Helpers* helpers;
 
   int64_t row_of(int64_t piece) const { return piece * rows / pieces; }
 
@@ -238,7 +239,7 @@ struct ByTable {
   }
 
   void count(int64_t* voxels, int64_t* kept) const {
-    for_pieces(job.pieces, [&](int piece) {
+    job.helpers->share(job.pieces, [&](int64_t piece) {
       Entry* entries = of_piece(piece);
       std::memset(static_cast<void*>(entries), 0, static_cast<size_t>(job.total + 1) * sizeof(Entry));
       job.each_chunk<int32_t>(piece, [&](int64_t row, const int32_t* chunk, int64_t n) {
@@ -258,7 +259,7 @@ struct ByTable {
       std::fill(shares, shares + job.pieces, Share{0, 0});
       shares[0] = all;
     } else {
-      for_pieces(job.pieces, [&](int piece) {
+      job.helpers->share(job.pieces, [&](int64_t piece) {
         Share share{0, 0};
         int32_t* list = occupied + key_of(piece);
         for (int64_t key = key_of(piece); key < key_of(piece + 1); ++key) {  // no branch: whether a cell is occupied cannot be guessed
@@ -295,9 +296,9 @@ struct ByTable {
   }
 
   void fill(int64_t /*voxels*/, const Outputs& out) const {
-    for_pieces(job.pieces, [&](int piece) { number(piece, out); });
+    job.helpers->share(job.pieces, [&](int64_t piece) { number(piece, out); });
     for (int p = 0; p < job.pieces; ++p) of_piece(p)[job.total].number = 0;
-    for_pieces(job.pieces, [&](int piece) {
+    job.helpers->share(job.pieces, [&](int64_t piece) {
       Entry* entries = of_piece(piece);
       const bool capped = job.cap < job.rows;
       const int64_t begin = job.row_of(piece), end = job.row_of(piece + 1);
@@ -352,7 +353,7 @@ struct BySort {
   }
 
   void sort() {
-    for_pieces(job.pieces, [&](int piece) {
+    job.helpers->share(job.pieces, [&](int64_t piece) {
       job.each_chunk<int64_t>(piece, [&](int64_t row, const int64_t* keys, int64_t n) {
         for (int64_t i = 0; i < n; ++i) records[row + i] = make(static_cast<uint64_t>(keys[i]), row + i);
       });
@@ -364,7 +365,7 @@ struct BySort {
     for (int shift = 0, round = 0; round < rounds; ++round, shift += digit_bits) {
       const auto digit = [&](const Record& r) { return static_cast<size_t>(key_of(r) >> shift & mask); };
       std::fill(starts.begin(), starts.end(), 0);
-      for_pieces(job.pieces, [&](int piece) {
+      job.helpers->share(job.pieces, [&](int64_t piece) {
         int64_t* count = starts.data() + (static_cast<size_t>(piece) << digit_bits);
         for (int64_t i = job.row_of(piece); i < job.row_of(piece + 1); ++i) ++count[digit(records[i])];
       });
@@ -375,7 +376,7 @@ struct BySort {
           const int64_t start = sum;
           sum += count, count = start;
         }
-      for_pieces(job.pieces, [&](int piece) {
+      job.helpers->share(job.pieces, [&](int64_t piece) {
         int64_t* next = starts.data() + (static_cast<size_t>(piece) << digit_bits);
         for (int64_t i = job.row_of(piece); i < job.row_of(piece + 1); ++i) other[next[digit(records[i])]++] = records[i];
       });
@@ -394,7 +395,7 @@ struct BySort {
 
   std::vector<int64_t> tally() const {  // heads and kept records of every piece
     std::vector<int64_t> sums(2 * static_cast<size_t>(job.pieces));
-    for_pieces(job.pieces, [&](int piece) {
+    job.helpers->share(job.pieces, [&](int64_t piece) {
       int64_t heads = 0, keeps = 0;
       for (int64_t i = job.row_of(piece); i < job.row_of(piece + 1); ++i) heads += head(i), keeps += kept(i);
       sums[2 * static_cast<size_t>(piece)] = heads, sums[2 * static_cast<size_t>(piece) + 1] = keeps;
@@ -414,7 +415,7 @@ struct BySort {
     if (passes() % 2) std::swap(records, other);
     if (job.first) return fill_by_first(voxels, out);
     const std::vector<int64_t> sums = tally();
-    for_pieces(job.pieces, [&](int piece) {
+    job.helpers->share(job.pieces, [&](int64_t piece) {
       int64_t v = -1, at = 0;
       for (size_t i = 0; i < 2 * static_cast<size_t>(piece); i += 2) v += sums[i], at += sums[i + 1];
       for (int64_t i = job.row_of(piece); i < job.row_of(piece + 1); ++i) {
@@ -494,12 +495,13 @@ void write_coords(const double* points, const Clouds& clouds, const VoxelGrid& g
   coords_loop(points, clouds, grid, v0, v1, out);
 }
 
-Job make_job(int threads, int is_double, const void* points, const Clouds& clouds, const double* grid, const double* bounds,
+Job make_job(Helpers& helpers, int is_double, const void* points, const Clouds& clouds, const double* grid, const double* bounds,
              const int64_t* frames, int order, int first, int64_t total, int64_t cap) {
   Job job{points, is_double != 0, clouds, {}, bounds, reinterpret_cast<const VoxelFrame*>(frames), order, first, total,
           std::max<int64_t>(cap, 1), clouds.batch > 0 ? clouds.rows() : 0, 1};
   std::memcpy(&job.grid, grid, sizeof job.grid);
-  job.pieces = static_cast<int>(pieces_of(threads, job.rows, kGrain));
+  job.helpers = &helpers;
+  job.pieces = static_cast<int>(pieces_of(helpers.threads(), job.rows, kGrain));
   return job;
 }
 
@@ -538,7 +540,8 @@ GEOSSL_API int geossl_voxel_count_cpu(int threads, int is_double, const void* po
   using namespace geossl;
   if (n < 0 || batch < 0 || total < 0 || order < 0 || order > 2) return GEOSSL_INVALID_ARGUMENT;
   return guarded([&] {
-    const Job job = make_job(threads, is_double, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
+    Helpers helpers(threads);
+    const Job job = make_job(helpers, is_double, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
     with_method(job, scratch, [&](auto method) {
       if (scratch) method.count(info, info + 1);
       else info[0] = method.bytes(job);
@@ -554,10 +557,13 @@ GEOSSL_API int geossl_voxel_fill_cpu(int threads, int is_double, const void* poi
   using namespace geossl;
   if (n < 0 || batch < 0 || total < 0 || order < 0 || order > 2 || voxels < 0) return GEOSSL_INVALID_ARGUMENT;
   return guarded([&] {
-    const Job job = make_job(threads, is_double, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
+    Helpers helpers(threads);
+    const Job job = make_job(helpers, is_double, points, Clouds{offsets, lengths, batch, n}, grid, bounds, frames, order, first, total, cap);
     const Outputs out{coords, inverse, counts, row_splits, perm};
     with_method(job, scratch, [&](auto method) { method.fill(voxels, out); });
-    parallel_for(job.pieces, voxels, kGrain, [&](int64_t v0, int64_t v1) {
+    const int64_t pieces = pieces_of(job.pieces, voxels, kGrain);
+    helpers.share(pieces, [&](int64_t piece) {
+      const int64_t v0 = piece * voxels / pieces, v1 = (piece + 1) * voxels / pieces;
       if (is_double) write_coords(static_cast<const double*>(points), job.clouds, job.grid, v0, v1, out);
       else write_coords(static_cast<const float*>(points), job.clouds, job.grid, v0, v1, out);
     });

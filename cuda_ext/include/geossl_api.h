@@ -90,30 +90,45 @@ int call_packed(int (*function)(Args...), const unsigned char* words) {
   return call_words(function, words, std::index_sequence_for<Args...>{});
 }
 
+// Threads for one call of an operator (cpu/threads.cpp). The caller shares out its work in chunks and takes chunks itself: where the others
+// get no processor, it does all of it and waits for none of them. They start when there is first something to share, which takes about
+// 20 us each, sleep when there has been nothing to do for some tens, and end with the object: nothing outlives a call, so a forked DataLoader
+// worker can make one.
+class Helpers {
+ public:
+  explicit Helpers(int threads) : threads_(threads > 1 ? threads : 1) {}  // the caller and the others, as many as the system grants
+  ~Helpers();
+  Helpers(const Helpers&) = delete;
+  Helpers& operator=(const Helpers&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls f(chunk) once for each of that many chunks, and returns when all are done. The first exception thrown by f is thrown again here.
+  template <class F>
+  void share(int64_t chunks, F&& f) {
+    using Body = std::remove_reference_t<F>;
+    run(chunks, [](void* context, int64_t chunk) { (*static_cast<Body*>(context))(chunk); }, const_cast<void*>(static_cast<const void*>(&f)));
+  }
+
+ private:
+  struct State;
+  void run(int64_t chunks, void (*work)(void* context, int64_t chunk), void* context);
+
+  const int threads_;
+  State* state_ = nullptr;
+};
+
 // Into how many pieces of at least `grain` n items are cut, at most one per thread.
 int64_t pieces_of(int threads, int64_t n, int64_t grain);
 
-// Calls piece(context, begin, end) on that many contiguous pieces of [0, n), each on a thread of its own (cpu/threads.cpp).
-void run_pieces(int64_t pieces, int64_t n, void (*piece)(void* context, int64_t begin, int64_t end), void* context);
-
-// Calls f(begin, end) on contiguous pieces that together cover [0, n), on at most `threads` threads (the caller is one
-// of them), each piece at least `grain` long. Threads are started for this call and joined before it returns: nothing
-// outlives it, so a forked DataLoader worker can call it too. Starting one costs about 20 us; choose `grain` so that a
-// piece is worth a millisecond. The first exception thrown by f is thrown again here once all threads have ended.
+// Calls f(begin, end) on contiguous pieces that together cover [0, n), one for each of at most `threads` threads, each at least `grain`
+// long; choose it so that a piece is worth a millisecond.
 template <class F>
 void parallel_for(int threads, int64_t n, int64_t grain, F&& f) {
-  using Body = std::remove_reference_t<F>;
   if (n <= 0) return;
-  run_pieces(pieces_of(threads, n, grain), n, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
-             const_cast<void*>(static_cast<const void*>(&f)));
-}
-
-// Calls f(piece) for every piece, each on a thread of its own.
-template <class F>
-void for_pieces(int pieces, F&& f) {
-  parallel_for(pieces, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece) f(static_cast<int>(piece));
-  });
+  const int64_t pieces = pieces_of(threads, n, grain);
+  if (pieces == 1) return f(int64_t{0}, n);
+  Helpers(static_cast<int>(pieces)).share(pieces, [&](int64_t piece) { f(piece * n / pieces, (piece + 1) * n / pieces); });
 }
 
 // Runs the body of an exported function and turns exceptions into status codes: none may cross the C interface.

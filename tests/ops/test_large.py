@@ -60,6 +60,20 @@ def test_sampling_in_buckets(inputs, on_backend, kind):
     agree(on_backend, lambda: [ops.farthest_point_sample(points.double(), 900, start=55, min_sq_norm=0.2)])
 
 
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+def test_sampling_in_buckets_shared_by_threads(inputs, on_backend, kind):
+    points = inputs.make_cloud(kind, 70_000)[None]
+    with on_backend("twin"):
+        want = ops.farthest_point_sample(points, 250, start=7)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with on_backend("cpu"):
+                assert torch.equal(ops.farthest_point_sample(points, 250, start=7), want)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_sampling_all_of_many_points_is_a_permutation(inputs):
     for kind in ("lattice", "identical", "uniform"):
         points = inputs.make_cloud(kind, 20000)
