@@ -6,7 +6,7 @@
     evaluate.py dense MODEL ...                  predict or score disparity, flow, depth, normals or pose, see ``geossl.cli.evaluate_dense``
     evaluate.py matches MODEL ...                matches between two pictures, without training, see ``geossl.cli.evaluate_matches``
 
-MODEL is a run folder, an export folder, a hub id, an official checkpoint file or the registered name of a backbone (then with random
+MODEL is a run folder, one of its checkpoints or its export, a hub id, an official checkpoint file or the registered name of a backbone (then with random
 weights). Without flags for the data, a run folder is probed on the data set it was trained on. On particle events, tokens are probed for
 the classes of their points.
 """

@@ -4,7 +4,7 @@
     extract_features.py MODEL IMAGE --out features.npz [--reference SECOND_IMAGE] [--size 480 640]
     extract_features.py MODEL --scene.name rgbd_folder --scene.root FRAMES --out features.npz
 
-MODEL is a run folder, an export folder, a hub id or an official checkpoint file.
+MODEL is a run folder, one of its checkpoints or its export, a hub id or an official checkpoint file.
 SOURCE is a point cloud or mesh file, a folder of them, or a data set such as
 ``objects`` or ``objects:test``; for a model of particle events, PILArNet-M's HDF5 or an event as npz; for a model of images, an image
 or a folder of them, of which every one gives a feature map. A data set of posed images gives features of points in space.

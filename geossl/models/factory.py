@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
+from geossl.config import read_yaml
 from geossl.errors import CheckpointError, ConfigError, optional_import, unknown_name
 from geossl.models.checkpoints import load_state, read_safetensors
 from geossl.registry import Registry
@@ -97,8 +98,9 @@ def load(source: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         source: A folder written by :func:`save_backbone` (or ``tools/convert_checkpoint.py``), a run folder of
-            ``tools/pretrain.py`` (its ``export/`` is taken), or the id of a model hub repository holding these two files, as
-            ``hf-hub:owner/name`` (needs ``geossl[hub]``).
+            ``tools/pretrain.py`` (its ``export/`` is taken), one of its checkpoints, as ``runs/mine/checkpoints/step_00000500`` (the
+            averaged weights, where it has them, as they are what an export holds), or the id of a model hub repository holding these
+            two files, as ``hf-hub:owner/name`` (needs ``geossl[hub]``).
 
     Returns:
         The backbone in evaluation mode.
@@ -106,15 +108,23 @@ def load(source: str | os.PathLike[str]) -> nn.Module:
     Raises:
         CheckpointError: files are missing, damaged or belong to another model; the message lists the keys.
     """
-    folder = locate_folder(source)
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    checkpoint = Path(source)
+    if (checkpoint / "manifest.json").is_file():  # of the training loop, holding the whole method or task
+        config_path, average, prefix = checkpoint.parents[1] / "config.yaml", checkpoint / "ema.safetensors", "backbone."
+        weights_path = average if average.is_file() else checkpoint / "model.safetensors"
+    else:
+        folder = locate_folder(source)
+        config_path, weights_path, prefix = folder / "config.json", folder / "model.safetensors", ""
     try:
-        values = json.loads(config_path.read_text())["backbone"]
+        values = read_yaml(config_path)["backbone"]  # JSON is YAML
+        if values is None:
+            raise CheckpointError(f"{source}: this run took its backbone from its weights; load its export, which is written at its end")
         config = BACKBONES.config(values["name"])
         backbone = dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}).build()
-    except (json.JSONDecodeError, KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{config_path} is not a configuration geossl wrote: {error!r}") from error
-    load_state(backbone, read_safetensors(weights_path), source=str(weights_path))
+    state = {name.removeprefix(prefix): value for name, value in read_safetensors(weights_path).items() if name.startswith(prefix)}
+    load_state(backbone, state, source=str(weights_path))
     return backbone.eval()
 
 
@@ -136,6 +146,11 @@ def locate_folder(source: str | os.PathLike[str]) -> Path:
             else ""
         )
         raise CheckpointError(f"{text}: no such folder{hint}")
+    if checkpoints := sorted(folder.glob("checkpoints/step_*")):
+        raise CheckpointError(
+            f"{text}: this run has not reached its end and holds no export; continue it with --resume auto, "
+            f"or take a checkpoint: {checkpoints[-1]}"
+        )
     found = sorted(p.name for p in folder.iterdir())[:10] if folder.is_dir() else "a file"
     raise CheckpointError(
         f"{text}: expected model.safetensors and config.json in it (or in its export/), found {found}; "

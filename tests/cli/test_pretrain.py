@@ -24,6 +24,7 @@ from geossl.cli.pretrain import PretrainConfig
 from geossl.cli.training import MicroBatches, split_batch
 from geossl.config import field_docs, from_dict, load_config, read_yaml, to_yaml
 from geossl.data import DATASETS, build_loader
+from geossl.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs/point_mae/smoke.yaml")
@@ -371,7 +372,9 @@ def test_kill_9_and_resume_is_bit_equal(tmp_path: Path, workers: str) -> None:
     for name in ("model", "ema"):
         file = f"checkpoints/step_00000014/{name}.safetensors"
         assert_same(load_file(folder / file), load_file(tmp_path / "straight" / file))
-    assert_same(load_file(folder / "export/model.safetensors"), load_file(tmp_path / "straight/export/model.safetensors"))
+    exported = load_file(folder / "export/model.safetensors")
+    assert_same(exported, load_file(tmp_path / "straight/export/model.safetensors"))
+    assert_same(exported, geossl.load(folder / "checkpoints/step_00000014").state_dict())
     assert load_config(PretrainConfig, folder / "config.yaml").train.workers == int(workers)
 
 
@@ -390,7 +393,13 @@ def test_sigint_ends_with_a_checkpoint(tmp_path: Path) -> None:
     assert "Traceback" not in out + err
     assert "SIGINT: stopped after step" in err
     assert "--resume auto" in err
-    assert max(path.name for path in (folder / "checkpoints").glob("step_*")) == f"step_{rows(folder)[-1]['step']:08d}"
+    newest = folder / f"checkpoints/step_{rows(folder)[-1]['step']:08d}"
+    assert newest == max((folder / "checkpoints").glob("step_*"))
+    with pytest.raises(CheckpointError, match=f"has not reached its end.*--resume auto, or take a checkpoint: {newest}"):
+        geossl.load(folder)
+    trained = {name.removeprefix("backbone."): value for name, value in load_file(newest / "model.safetensors").items()}
+    backbone = geossl.load(newest).state_dict()
+    assert_same(backbone, {name: trained[name] for name in backbone})
 
 
 @pytest.mark.slow
