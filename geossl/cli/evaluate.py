@@ -6,9 +6,9 @@
     evaluate.py dense MODEL ...                  predict or score disparity, flow, depth, normals or pose, see ``geossl.cli.evaluate_dense``
     evaluate.py matches MODEL ...                matches between two pictures, without training, see ``geossl.cli.evaluate_matches``
 
-MODEL is a run folder, one of its checkpoints or its export, a hub id, an official checkpoint file or the registered name of a backbone (then with random
-weights). Without flags for the data, a run folder is probed on the data set it was trained on. On particle events, tokens are probed for
-the classes of their points.
+MODEL is a run folder, one of its checkpoints or its export, a hub id, an official checkpoint file or the registered name of a backbone
+(then with random weights). Without flags for the data, a run is probed on the data set it was trained on. On particle events, tokens are
+probed for the classes of their points.
 """
 
 from __future__ import annotations
@@ -244,21 +244,20 @@ def _channels(data: Any) -> int:
 
 
 def data_of_run(model: Path, *, whole: bool = False) -> list[str]:
-    """Return the data flags of the run that made ``model`` (a run folder or its export), or none.
+    """Return the data flags of the run that made ``model`` (a run folder, its export or a checkpoint of it), or none.
 
     With ``whole`` all settings are kept, also those that a probe is to choose for itself.
     """
-    for path in (model / "config.yaml", model.parent / "config.yaml"):
-        if path.is_file() and (model / "export").is_dir() | (model.name == "export"):
-            section = read_yaml(path).get("data")
-            if not isinstance(section, dict) or section.get("name") not in DATASETS.names():
-                return []
-            known = {f.name for f in fields(DATASETS.config(section["name"]))}
-            if "parts" in section:
-                return []  # flags cannot name the parts of a mixture
-            kept = [(key, section[key]) for key in (section if whole else _RUN_DATA_KEYS) if key in section and key in known]
-            return [text for key, value in kept if value is not None for text in _flag(key, value)]
-    return []
+    model = model.absolute()
+    run = model.parent if model.name == "export" else model.parents[1] if (model / "manifest.json").is_file() else model
+    if not (run / "config.yaml").is_file() or (run == model and not (run / "export").is_dir()):
+        return []
+    section = read_yaml(run / "config.yaml").get("data")
+    if not isinstance(section, dict) or section.get("name") not in DATASETS.names() or "parts" in section:
+        return []  # flags cannot name the parts of a mixture
+    known = {f.name for f in fields(DATASETS.config(section["name"]))}
+    kept = [(key, section[key]) for key in (section if whole else _RUN_DATA_KEYS) if key in section and key in known]
+    return [text for key, value in kept if value is not None for text in _flag(key, value)]
 
 
 def _flag(key: str, value: Any) -> list[str]:

@@ -3,8 +3,8 @@
     finetune.py [CONFIG.yaml] --weights runs/quickstart [--data.name modelnet40]
     finetune.py [CONFIG.yaml] --weights runs/quickstart --few_shot.way 5 --few_shot.shot 10
 
-``--weights`` takes what ``geossl.load`` takes (a run folder, one of its checkpoints or its export, a hub id) or an official checkpoint file. Without it the
-backbone starts from random weights, the honest comparison.
+``--weights`` takes what ``geossl.load`` takes (a run folder, one of its checkpoints or its export, a hub id) or an official checkpoint
+file. Without it the backbone starts from random weights, the honest comparison.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class FinetuneConfig:
     task: Any = registry_field(TASKS, default="classification")  # noqa: RUF009 - makes a dataclass field
     """Task: head and loss."""
     weights: str | None = None
-    """Pretrained weights: a run, a checkpoint or an export of it, a hub id, or an official checkpoint file (.pth, .ckpt); null starts from random ones."""
+    """Pretrained weights: a run, a checkpoint or an export of it, a hub id, or an official checkpoint file (.pth, .ckpt); null starts from
+    random ones."""
     backbone: Any = registry_field(BACKBONES, default=None)  # noqa: RUF009
     """Encoder; null is the one the weights belong to. Name it to change numbers the weights do not depend on (groups, drop_path)."""
     data: Any = registry_field(DATASETS, default="objects")  # noqa: RUF009

@@ -108,7 +108,7 @@ def load(source: str | os.PathLike[str]) -> nn.Module:
     Raises:
         CheckpointError: files are missing, damaged or belong to another model; the message lists the keys.
     """
-    checkpoint = Path(source)
+    checkpoint = Path(source).absolute()
     if (checkpoint / "manifest.json").is_file():  # of the training loop, holding the whole method or task
         config_path, average, prefix = checkpoint.parents[1] / "config.yaml", checkpoint / "ema.safetensors", "backbone."
         weights_path = average if average.is_file() else checkpoint / "model.safetensors"

@@ -62,6 +62,10 @@ def test_flags_win_over_the_run(export, tmp_path, monkeypatch):
     assert seen["config"].data.points == 32
     assert evaluate.main([str(export), "--data.name", "objects", "--out", str(tmp_path / "a.json")]) == 0
     assert seen["config"].data.points == 1024
+    checkpoint = export / "checkpoints/step_00000003"
+    save_backbone(geossl.create_backbone("point_vit_tiny", **TINY), checkpoint)
+    (checkpoint / "manifest.json").write_text("{}")
+    assert evaluate.data_of_run(checkpoint) == evaluate.data_of_run(export) == evaluate.data_of_run(export / "export") != []
     (tmp_path / "mine.yaml").write_text("resplits: 7\nlayers: [0, 1]\n")
     assert evaluate.main([str(export), str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "a.json")]) == 0
     assert (seen["config"].resplits, seen["config"].layers) == (7, (0, 1))
